@@ -1,0 +1,129 @@
+"""The engine's part of a deployment file. Unknown keys are refused, every bound is checked here, nothing is changed later.
+
+Plug-ins are tagged unions: the drafter by `kind`, the draft-length policy by `policy`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A group of keys: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+
+
+class ModelSource(Section):
+    """Weights, configs and tokenizer of one model."""
+
+    source: str = Field(min_length=1, description="hub id, folder, .gguf file, or package:MODULE/FILE")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Dtype = Field("auto", description="auto: the checkpoint's own on a GPU, float32 on a CPU")
+    quantization: Literal["none"] = "none"
+
+
+class NoDrafter(Section):
+    """The target alone."""
+
+    kind: Literal["none"] = "none"
+
+
+class NGramDrafter(Section):
+    """Prompt lookup: what followed the last few tokens when they last occurred in prompt or answer."""
+
+    kind: Literal["ngram"] = "ngram"
+    max_n: int = Field(3, ge=1, le=8, description="longest run of tokens that is looked up first")
+    min_n: int = Field(1, ge=1, le=8, description="shortest run that is looked up")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NGramDrafter:
+        if self.min_n > self.max_n:
+            raise ValueError(f"min_n is {self.min_n} and must be at most max_n, which is {self.max_n}")
+        return self
+
+
+class ModelDrafter(ModelSource):
+    """A second, smaller model of the same vocabulary."""
+
+    kind: Literal["model"] = "model"
+
+
+DrafterConfig = Annotated[NoDrafter | NGramDrafter | ModelDrafter, Field(discriminator="kind")]
+
+
+class FixedLength(Section):
+    """Always `max` drafts, as far as budget and memory allow."""
+
+    policy: Literal["fixed"] = "fixed"
+    max: int = Field(4, ge=0, le=64)
+
+
+class HeuristicLength(Section):
+    """Two more after a round in which all drafts were accepted, one fewer otherwise."""
+
+    policy: Literal["heuristic"] = "heuristic"
+    start: int = Field(4, ge=1, le=64)
+    max: int = Field(8, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> HeuristicLength:
+        if self.start > self.max:
+            raise ValueError(f"start is {self.start} and must be at most max, which is {self.max}")
+        return self
+
+
+LengthConfig = Annotated[FixedLength | HeuristicLength, Field(discriminator="policy")]
+
+RuleName = Literal["exact"]
+
+
+class ModelPair(Section):
+    """What is served, and what drafts for it."""
+
+    name: str = Field(min_length=1, pattern=r"^[^:\s]+$", description="the model id that clients send")
+    aliases: tuple[Annotated[str, Field(min_length=1, pattern=r"^[^:\s]+$")], ...] = Field((), description="further ids for it")
+    target: ModelSource
+    drafter: DrafterConfig = NoDrafter()
+
+
+class Preset(Section):
+    """Speculation settings served under a model id of their own, NAME:PRESET."""
+
+    enabled: bool = True
+    rule: RuleName | None = Field(None, description="null: the deployment's")
+    max_draft: int | None = Field(None, ge=0, le=64)
+
+
+class SpeculationConfig(Section):
+    """How drafts are judged and how many there are, unless the request says otherwise."""
+
+    rule: RuleName = "exact"
+    draft_length: LengthConfig = HeuristicLength()
+    presets: dict[Annotated[str, Field(min_length=1, pattern=r"^[^:\s]+$")], Preset] = {}
+
+
+class RuntimeConfig(Section):
+    """Device, memory and batch."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU when there is one")
+    max_sequences: int = Field(32, ge=1, le=4096, description="answers that run at the same time")
+    max_step_tokens: int = Field(256, ge=1, le=1_048_576, description="tokens of a target pass: prompt chunks and verify windows")
+    max_drafter_tokens: int | None = Field(None, ge=1, description="tokens that the drafter runs in a step; null: max_step_tokens")
+    block_size: int = Field(16, ge=1, le=1024, description="positions in a KV block")
+    kv_cache: ByteSize = Field(ByteSize(1 << 30), ge=1, description="memory for KV of target and drafter together, such as 1GiB")
+    max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; null: what model and kv_cache allow")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for tensor work; null leaves it to torch")
+
+
+class EngineConfig(Section):
+    """Everything that builds one engine."""
+
+    model: ModelPair
+    speculation: SpeculationConfig = SpeculationConfig()
+    engine: RuntimeConfig = RuntimeConfig()

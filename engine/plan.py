@@ -1,0 +1,178 @@
+"""What crosses seams within one step, and the protocols of everything that can be plugged into the loop.
+
+    schedule() -> StepPlan -> propose() -> DraftBatch -> forward() -> rows -> verify() -> Verdict -> commit() -> TokenDeltas
+
+Letters: C chunks of the plan, B chunks that complete (they alone emit), K drafts (padded to the longest), V vocabulary,
+R = sum of (K_b + 1) rows of the verify windows, in the order of the completing chunks.
+Tensors live on the engine's device; lists and tuples on the host.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RowsWanted(enum.Enum):
+    """Of which of a chunk's tokens the logits are wanted."""
+
+    WINDOW = "window"  # the last pending token and the drafts behind it, if the chunk completes; else none
+    ALL = "all"  # of every token in the chunk (prompt log-probabilities)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A Sequence's share of a step: `num_tokens` pending tokens, and up to `max_draft` draft slots behind them."""
+
+    seq: Sequence
+    num_tokens: int
+    completes: bool  # runs all pending tokens, and therefore emits
+    max_draft: int = 0  # 0 for a chunk that does not complete
+    rows_wanted: RowsWanted = RowsWanted.WINDOW
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Who runs how many tokens in this step, oldest first."""
+
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def completing(self) -> tuple[Chunk, ...]:
+        return tuple(c for c in self.chunks if c.completes)
+
+    def held_back(self, lagging: ListLike[bool]) -> StepPlan:
+        """The plan in which sequences whose drafter has not caught up do not complete: they keep one token pending.
+
+        `lagging` has an entry for each chunk. A chunk with nothing left to run is dropped from the target's pass but stays
+        in the plan, since the drafter's work for it is committed all the same.
+        """
+        return StepPlan(
+            tuple(
+                replace(c, num_tokens=c.num_tokens - 1, completes=False, max_draft=0) if lag else c
+                for c, lag in zip(self.chunks, lagging, strict=True)
+            )
+        )
+
+
+class QKind(enum.IntEnum):
+    """What is known about the drafter's distribution at a position."""
+
+    NONE = 0  # nothing, and nothing was drafted there: the token is drawn from p
+    ONE_HOT = 1  # a draft without probabilities
+    DENSE = 2  # a row q
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRows:
+    """Drafter's rows for drafts and bonus: processed (what is drawn from) and hard-masked logits (what rules read)."""
+
+    probs: Tensor  # [B, K + 1, V]
+    logits: Tensor  # [B, K + 1, V]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """Proposed tokens for the chunks that complete, and where the drafter stands for every chunk.
+
+    The law of exactness: where a kind is DENSE, the id was drawn from exactly that row of `rows.probs`, with the draft key of its
+    position. Nobody edits ids or rows afterwards.
+    """
+
+    lengths: tuple[int, ...]  # [B] drafts of each completing chunk, at most its max_draft
+    ids: Tensor | list[list[int]]  # [B, K], padded with 0; anything torch.as_tensor takes, so a drafter may be torch-free
+    kinds: list[list[int]]  # [B, K + 1] of QKind; entry lengths[b] is the bonus position, padded with NONE
+    rows: DraftRows | None  # None where no kind is DENSE
+    drafter_computed: tuple[int, ...]  # [C] the drafter's watermark, drafts included
+    lagging: tuple[bool, ...]  # [C] a row is due and the drafter has not caught up: emit nothing yet
+    num_calls: tuple[int, ...]  # [C] passes of the drafter that the chunk took part in
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Which distribution each of N rows of logits is: the one at position `len(seq.tokens) + offset`, behind `offset` drafts."""
+
+    seqs: tuple[Sequence, ...]  # [N]
+    offsets: tuple[int, ...]  # [N]
+    draft_index: tuple[int, ...]  # [N] row of draft_ids that holds the sequence's drafts
+    draft_ids: Tensor  # [B, K]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What each completing chunk emits, on the host: the one point of a step that waits for the device."""
+
+    token_ids: tuple[tuple[int, ...], ...]  # [B] accepted drafts, then the recovered or bonus token
+    num_accepted: tuple[int, ...]  # [B]
+    deferred_masks: tuple[int, ...]  # [B] see request.Round
+    lossy_masks: tuple[int, ...]  # [B]
+
+
+class Drafter(Protocol):
+    """Proposes tokens. Its state per sequence, if any, is keyed by the Sequence and ends with `forget`."""
+
+    def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
+        """Draft for every chunk that completes, running at most about `budget` tokens; catch up for the others.
+
+        Must advance the first chunk of the plan whenever anything is due there, or the engine could stand still.
+        """
+
+    def observe(self, plan: StepPlan, verdict: Verdict) -> None:
+        """What became of the drafts; called after the plan was committed."""
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has left the engine."""
+
+
+class DraftLengthPolicy(Protocol):
+    """How many tokens to draft, chosen for the whole batch together. The text may not depend on it."""
+
+    max_length: int
+
+    def lengths(self, seqs: ListLike[Sequence], budget: int) -> list[int]:
+        """Drafts for each sequence, in all at most `budget`."""
+
+    def observe(self, seq: Sequence, num_draft: int, num_accepted: int) -> None: ...
+
+    def forget(self, seq: Sequence) -> None: ...
+
+
+class RawRows(Protocol):
+    """Distributions that rules read: softmax of the hard-masked logits at temperature 1. Computed when first asked for."""
+
+    @property
+    def q(self) -> Tensor: ...  # [N, V]
+
+    @property
+    def p(self) -> Tensor: ...  # [N, V]
+
+
+class Rule(Protocol):
+    """Says which drafted tokens may stand, as a keep-set A per row."""
+
+    name: str
+    needs_q: bool  # whether it reads raw.q; rows without it are then verified with pi = p
+
+    def keep(self, raw: RawRows, alpha: Tensor) -> Tensor:
+        """A as booleans, [N, V], or [N, 1] for a rule that keeps all tokens or none. `alpha` is [N, 1].
+
+        The Verifier cuts A to the support of raw.p.
+        """
+
+
+class LogitsProcessor(Protocol):
+    """Row-wise change of logits before they become probabilities, given to runner and drafter alike."""
+
+    def apply(self, logits: Tensor, rows: RowBatch) -> Tensor:
+        """[N, V] to [N, V]; entries set to -inf are forbidden in both models."""

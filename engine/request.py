@@ -1,0 +1,81 @@
+"""What the client asked, as token ids and parameters, and what comes back: the frozen structs that cross the engine's seam.
+
+Prompt ids and already emitted output ids are kept apart, so that an answer that one engine began can be handed to another one
+and continues with the same text. Nothing here knows text, HTTP or tensors.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class FinishReason(enum.Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"  # an end token was emitted
+    LENGTH = "length"  # max_tokens were emitted
+    ABORT = "abort"  # the caller gave it up
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a token is chosen from a model's logits. Applied in this order: temperature, top-k, top-p, min-p."""
+
+    max_tokens: int  # tokens of the whole answer, those in Choice.output_ids included; at least 1
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the most likely tokens that together reach this probability, in (0, 1]
+    min_p: float = 0.0  # keep tokens at least this likely relative to the most likely one, in [0, 1]
+    seed: int = 0  # 64 bits; a caller that was given none draws one
+    is_seeded: bool = False  # the client gave the seed: every position gets a drafter's row, see engine/README.md
+    stop_token_ids: tuple[int, ...] = ()  # emitted, and then the answer ends
+
+
+class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How much the drafter's word counts for this request."""
+
+    enabled: bool = True  # False: no drafts, and every token is drawn from the target
+    rule: str = "exact"
+    alpha: float = 0.0  # the rule's dial; exact has none
+    max_draft: int | None = None  # at most this many drafts a step; None leaves it to the deployment
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """One of the answers that a request asks for."""
+
+    index: int = 0
+    output_ids: tuple[int, ...] = ()  # already emitted, when another engine began this answer
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What the client asked. Each choice becomes a Sequence of its own; they share the prompt's blocks."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    speculation: SpeculationParams = SpeculationParams()
+    choices: tuple[Choice, ...] = (Choice(),)
+
+
+class Round(msgspec.Struct, frozen=True):
+    """What became of the drafts of one sequence in one step. Positions count from the first draft."""
+
+    num_draft: int
+    num_accepted: int  # leading drafts that stand; the token behind them was recovered or is the bonus
+    deferred_mask: int = 0  # bit i: position i was verified and its draft was not in the rule's keep-set
+    lossy_mask: int = 0  # bit i: draft i stands under the rule, and the same coin would have rejected it under exact
+
+
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens that one step added to one choice."""
+
+    request_id: str
+    choice: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    round: Round | None = None  # None where nothing was drafted
+    num_cached_tokens: int = 0  # leading prompt tokens that were not computed again
+    queue_seconds: float = 0.0  # from arrival to the first step that ran a token of it
+    num_target_calls: int = 0  # passes of the target that this choice took part in, so far
+    num_drafter_calls: int = 0  # passes of the drafter that this choice took part in, so far

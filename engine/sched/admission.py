@@ -1,0 +1,44 @@
+"""What is refused before it is queued, and why. Knows the limits of the engine, not its state."""
+
+from __future__ import annotations
+
+from engine.errors import ContextLengthExceeded, InvalidRequest, QueueFull
+from engine.request import Request
+from engine.stats import EngineInfo
+
+
+class Admission:
+    """Checks a request against what is served. A request that passes can always be run to its end."""
+
+    RETRY_AFTER = 1  # seconds that a refused client is asked to wait
+
+    def __init__(self, info: EngineInfo, max_queued: int):
+        self._info = info
+        self._max_queued = max_queued
+
+    def check(self, request: Request, num_open: int) -> None:
+        """Raise ClientError if the request can never be served, QueueFull if not now. `num_open` answers are in the engine."""
+        self._check_servable(request)
+        num_waiting = num_open - self._info.max_sequences
+        if num_open + len(request.choices) > self._info.max_sequences + self._max_queued:
+            raise QueueFull(max(0, num_waiting), self.RETRY_AFTER)
+
+    def _check_servable(self, request: Request) -> None:
+        info, sampling = self._info, request.sampling
+        if not request.prompt_ids:
+            raise InvalidRequest("The prompt has no tokens; at least one is needed.", "prompt")
+        if not all(0 <= t < info.vocab_size for t in request.prompt_ids):
+            wrong = next(t for t in request.prompt_ids if not 0 <= t < info.vocab_size)
+            raise InvalidRequest(f"Token id {wrong} is outside the vocabulary of {info.vocab_size} tokens.", "prompt")
+        if sampling.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens is {sampling.max_tokens} and must be at least 1.", "max_tokens")
+        if request.speculation.rule not in info.rules:
+            raise InvalidRequest(
+                f"Unknown rule {request.speculation.rule!r}; this deployment has {', '.join(info.rules)}.", "speculation.rule"
+            )
+        if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:
+            raise ContextLengthExceeded(len(request.prompt_ids), sampling.max_tokens, info.max_model_len)
+        if len(request.choices) > info.max_sequences + self._max_queued:
+            raise InvalidRequest(
+                f"n is {len(request.choices)} and must be at most {info.max_sequences + self._max_queued}, what this server can hold.", "n"
+            )

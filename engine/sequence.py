@@ -1,0 +1,62 @@
+"""A Sequence is one running answer. It belongs to the Scheduler, which alone changes it; everybody else reads."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+
+from engine.request import Choice, Request
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Committed tokens of one choice and where its KV stands. A draft is never stored here.
+
+    Between steps of a decoding sequence `num_computed` is `len(tokens) - 1`: the newest token has been emitted, its KV not yet
+    written. The drafter's watermark may lag behind and never exceeds the target's.
+    """
+
+    request: Request
+    choice: Choice
+    key: int = field(init=False)  # names this choice's random numbers, see sampling/draws.py
+    tokens: list[int] = field(init=False)  # prompt and emitted tokens
+    num_computed: int = 0  # leading tokens whose KV is valid in the target's cache
+    drafter_computed: int = 0  # the same for the drafter's
+    block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # content keys of the leading full blocks, grown as needed
+    num_cached: int | None = None  # prompt tokens found in published blocks at first admission
+    arrived_at: float = field(default_factory=time.monotonic)
+    queue_seconds: float = 0.0
+    num_target_calls: int = 0
+    num_drafter_calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.request.prompt_ids, *self.choice.output_ids]
+        self.key = choice_key(self.request.sampling.seed, self.choice.index)
+
+    @property
+    def num_pending(self) -> int:
+        """Committed tokens that the target has yet to run."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.request.sampling.max_tokens - (len(self.tokens) - len(self.request.prompt_ids))
+
+    @property
+    def needs_q(self) -> bool:
+        """Whether every position must have a drafter's row (where the drafter can give one at all).
+
+        True for seeded requests and for every rule but exact: their text may not depend on how many drafts the load allowed.
+        An unseeded exact request has the same law with and without the row.
+        """
+        speculation = self.request.speculation
+        return speculation.enabled and (self.request.sampling.is_seeded or speculation.rule != "exact")
+
+
+def choice_key(seed: int, index: int) -> int:
+    """64 bits, signed, that stand for (seed, choice index) in every random number of this choice."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

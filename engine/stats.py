@@ -1,0 +1,51 @@
+"""What the engine says about itself, as plain data. Who turns it into Prometheus metrics or a table is not its business."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.request import TokenDelta
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What is being served; fixed for the life of an engine."""
+
+    incarnation: str  # another one after every restart
+    target: str  # the configured source
+    drafter: str  # "none", "ngram", or "model:" and the source
+    target_path: str  # folder with the target's tokenizer and configs, in the transformers format
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int  # tokens of prompt and answer together: the smaller of model and pool
+    end_token_ids: tuple[int, ...]  # union of model and generation config
+    rules: tuple[str, ...]
+    max_draft: int
+    max_sequences: int
+    num_blocks: int
+    block_size: int
+    weight_bytes: int  # target and drafter together
+    kv_bytes: int
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One step. Counters are of this step alone; what is labelled by request is in the TokenDeltas."""
+
+    step_seconds: float
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_used_blocks: int
+    num_target_tokens: int  # rows of the target's pass: prompt, recomputed, pending and draft tokens
+    num_emitted_tokens: int
+    num_preemptions: int
+    num_prefix_queried_tokens: int  # tokens of sequences admitted in this step
+    num_prefix_hit_tokens: int  # of these, found in published blocks
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What crosses the seam after a step: one message for all sequences."""
+
+    incarnation: str
+    deltas: tuple[TokenDelta, ...]
+    stats: StepStats
