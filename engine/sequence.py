@@ -25,6 +25,8 @@ class Sequence:
     drafter_computed: int = 0  # the same for the drafter's
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # content keys of the leading full blocks, grown as needed
+    num_published: int = 0  # leading blocks that were offered for prefix reuse
+    num_drafter_marked: int = 0  # of these, blocks marked as valid for the drafter, too
     num_cached: int | None = None  # prompt tokens found in published blocks at first admission
     arrived_at: float = field(default_factory=time.monotonic)
     queue_seconds: float = 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from engine.errors import ContextLengthExceeded, InvalidRequest, QueueFull
-from engine.request import Request
+from engine.request import Request, SamplingParams
 from engine.stats import EngineInfo
 
 
@@ -30,8 +32,9 @@ class Admission:
         if not all(0 <= t < info.vocab_size for t in request.prompt_ids):
             wrong = next(t for t in request.prompt_ids if not 0 <= t < info.vocab_size)
             raise InvalidRequest(f"Token id {wrong} is outside the vocabulary of {info.vocab_size} tokens.", "prompt")
-        if sampling.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens is {sampling.max_tokens} and must be at least 1.", "max_tokens")
+        self._check_sampling(sampling)
+        if any(len(choice.output_ids) >= sampling.max_tokens for choice in request.choices):
+            raise InvalidRequest("A choice has already emitted max_tokens tokens; nothing is left to do.", "choices")
         if request.speculation.rule not in info.rules:
             raise InvalidRequest(
                 f"Unknown rule {request.speculation.rule!r}; this deployment has {', '.join(info.rules)}.", "speculation.rule"
@@ -42,3 +45,16 @@ class Admission:
             raise InvalidRequest(
                 f"n is {len(request.choices)} and must be at most {info.max_sequences + self._max_queued}, what this server can hold.", "n"
             )
+
+    @staticmethod
+    def _check_sampling(sampling: SamplingParams) -> None:
+        bounds = (
+            ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= sampling.temperature < math.inf, "finite and at least 0"),
+            ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", sampling.top_k >= 0, "at least 0"),
+            ("min_p", 0 <= sampling.min_p <= 1, "between 0 and 1"),
+        )
+        for name, holds, bound in bounds:
+            if not holds:
+                raise InvalidRequest(f"{name} is {getattr(sampling, name)} and must be {bound}.", name)

@@ -1,0 +1,251 @@
+"""Makes plans, commits verdicts, preempts. Knows tokens and blocks, not tensors.
+
+There is no prefill phase and no decode phase: every sequence has committed tokens, some of them computed, and a step lets it run
+more of what is pending. Only a chunk that runs all of it emits. Drafts get what budget and memory are left, and are given up first.
+
+Why nothing waits forever: a sequence that could never fit the pool is refused at admission; the oldest running sequence is never
+preempted and advances in every step; a preempted sequence goes back to the head of the queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from engine.kv.block_pool import BlockPool, Model
+from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, StepPlan, Verdict
+from engine.request import FinishReason, Request, Round, TokenDelta
+from engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the scheduler was made."""
+
+    num_preemptions: int = 0
+    num_prefix_queried_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Limits:
+    """What a step may hold."""
+
+    max_sequences: int
+    max_step_tokens: int
+
+
+@dataclass(slots=True)
+class _Leaders:
+    """Blocks that a running sequence is computing and will publish: who needs one of them waits instead of computing it, too."""
+
+    by_key: dict[bytes, Sequence] = field(default_factory=dict)
+
+    def add(self, seq: Sequence, keys: list[bytes]) -> None:
+        for key in keys:
+            self.by_key.setdefault(key, seq)
+
+    def discard(self, seq: Sequence, keys: list[bytes]) -> None:
+        for key in keys:
+            if self.by_key.get(key) is seq:
+                del self.by_key[key]
+
+
+class Scheduler:
+    """Owns the sequences and the pool's blocks that they hold."""
+
+    def __init__(self, pool: BlockPool, limits: Limits, policy: DraftLengthPolicy):
+        self.pool = pool
+        self.policy = policy
+        self.counters = SchedulerCounters()
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self._limits = limits
+        self._leaders = _Leaders()
+        self._by_request: dict[str, dict[int, Sequence]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    # ------------------------------------------------------------------ in and out
+    def add(self, request: Request) -> None:
+        """Queue every choice of an admitted request."""
+        if request.id in self._by_request:
+            raise ValueError(f"Request id {request.id!r} is already in the engine.")
+        seqs = {choice.index: Sequence(request, choice) for choice in request.choices}
+        self._by_request[request.id] = seqs
+        self.waiting.extend(seqs.values())
+
+    def abort(self, request_id: str, choice: int) -> Sequence | None:
+        """Drop a choice and free its blocks. None where it has already ended."""
+        seq = self._by_request.get(request_id, {}).get(choice)
+        if seq is None:
+            return None
+        if seq in self.running:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+        self._retire(seq)
+        return seq
+
+    # ------------------------------------------------------------------ planning
+    def schedule(self) -> StepPlan:
+        """Everyone catches up with its own length, oldest first; then who waits; drafts get what is left."""
+        left, plan, preemptions = self._limits.max_step_tokens, [], self.counters.num_preemptions
+        for seq in list(self.running):
+            if left and seq in self.running:
+                left -= self._place(seq, left, plan)
+        # what was just preempted for want of memory is not let in again in the same step
+        candidates = iter(list(self.waiting)) if self.counters.num_preemptions == preemptions else iter(())
+        for seq in candidates:
+            if not left or len(self.running) >= self._limits.max_sequences:
+                break
+            if self._waits_for_leader(seq):
+                continue
+            if not self._admit(seq, left):
+                break
+            left -= self._place(seq, left, plan)
+        return StepPlan(tuple(self._with_drafts(plan, left)))
+
+    def _waits_for_leader(self, seq: Sequence) -> bool:
+        """Whether the first block that the sequence would compute is being computed by another one right now."""
+        next_index = len(self.pool.match(seq))
+        is_full = (next_index + 1) * self.pool.block_size < len(seq.tokens)
+        return is_full and self.pool.key(seq, next_index) in self._leaders.by_key
+
+    def _admit(self, seq: Sequence, left: int) -> bool:
+        """Start a waiting sequence on what is already published of its tokens. False where memory is short."""
+        size, hit = self.pool.block_size, self.pool.match(seq)
+        self.pool.share(seq, hit)
+        seq.num_computed = len(hit) * size
+        seq.drafter_computed = self.pool.num_valid(hit, Model.DRAFTER) * size
+        seq.num_published, seq.num_drafter_marked = len(hit), seq.drafter_computed // size
+        if not self.pool.grow(seq, seq.num_computed + min(seq.num_pending, left)):
+            self._release(seq)
+            return False
+        self.waiting.remove(seq)
+        self.running.append(seq)
+        self._leaders.add(seq, self._unpublished_keys(seq))
+        self.counters.num_prefix_queried_tokens += len(seq.tokens)
+        self.counters.num_prefix_hit_tokens += seq.num_computed
+        if seq.num_cached is None:
+            seq.num_cached = min(seq.num_computed, len(seq.request.prompt_ids))
+            seq.queue_seconds = time.monotonic() - seq.arrived_at
+        return True
+
+    def _place(self, seq: Sequence, left: int, plan: list[Chunk]) -> int:
+        """Give the sequence up to `left` of its pending tokens, preempting younger ones for memory. Returns how many."""
+        num_tokens = min(seq.num_pending, left)
+        while not self.pool.grow(seq, seq.num_computed + num_tokens):
+            if not self._preempt_for(seq, plan):
+                return 0
+        plan.append(Chunk(seq, num_tokens, completes=num_tokens == seq.num_pending))
+        return num_tokens
+
+    def _preempt_for(self, seq: Sequence, plan: list[Chunk]) -> bool:
+        """Preempt the youngest that is not in the plan yet. False where that is the sequence itself."""
+        planned = {chunk.seq for chunk in plan}
+        victim = next((s for s in reversed(self.running) if s not in planned), seq)
+        self.running.remove(victim)
+        self._release(victim)
+        self.waiting.appendleft(victim)
+        self.counters.num_preemptions += 1
+        return victim is not seq
+
+    def _with_drafts(self, plan: list[Chunk], left: int) -> Iterator[Chunk]:
+        """Reserve draft slots where budget and memory are left. Drafts preempt nobody."""
+        able = [chunk for chunk in plan if chunk.completes and chunk.seq.request.speculation.enabled]
+        wanted = dict(zip(able, self.policy.lengths([c.seq for c in able], left), strict=True))
+        for chunk in plan:
+            num = self._clip_draft(chunk.seq, wanted.get(chunk, 0))
+            while not self.pool.grow(chunk.seq, chunk.seq.num_computed + chunk.num_tokens + num):
+                num -= 1
+            yield replace(chunk, max_draft=num)
+
+    @staticmethod
+    def _clip_draft(seq: Sequence, num: int) -> int:
+        asked = seq.request.speculation.max_draft
+        return max(0, min(num, seq.num_remaining - 1, num if asked is None else asked))
+
+    # ------------------------------------------------------------------ committing
+    def commit(self, plan: StepPlan, drafts: DraftBatch, verdict: Verdict) -> list[TokenDelta]:
+        """Append what was emitted, roll back what was rejected, publish full blocks, free what has ended."""
+        deltas, row = [], 0
+        for index, chunk in enumerate(plan.chunks):
+            seq = chunk.seq
+            seq.num_computed += chunk.num_tokens
+            seq.num_target_calls += chunk.num_tokens > 0
+            seq.num_drafter_calls += drafts.num_calls[index]
+            reason = None
+            if chunk.completes:
+                delta = self._emit(seq, drafts.lengths[row], verdict, row)
+                deltas.append(delta)
+                reason, row = delta.finish_reason, row + 1
+            seq.drafter_computed = min(drafts.drafter_computed[index], seq.num_computed)  # rollback moves two pointers
+            self.pool.trim(seq, seq.num_computed)
+            num_published = seq.num_published
+            self.pool.publish(seq)
+            self._leaders.discard(seq, seq.block_keys[num_published : seq.num_published])
+            if reason is not None:
+                self.running.remove(seq)
+                self._retire(seq)
+        return deltas
+
+    def _emit(self, seq: Sequence, num_draft: int, verdict: Verdict, row: int) -> TokenDelta:
+        """Append the accepted window, cut at the first stop token, and the KV with it."""
+        emitted, sampling = verdict.token_ids[row], seq.request.sampling
+        assert len(emitted) <= seq.num_remaining
+        stop = next((i for i, token in enumerate(emitted) if token in sampling.stop_token_ids), None)
+        kept = emitted if stop is None else emitted[: stop + 1]
+        seq.tokens.extend(kept)
+        seq.num_computed += min(verdict.num_accepted[row], len(kept))
+        reason = FinishReason.STOP if stop is not None else FinishReason.LENGTH if seq.num_remaining == 0 else None
+        # drafts behind an end token could never be emitted, whatever the rule says: they are counted nowhere
+        num_draft = num_draft if stop is None else min(num_draft, len(kept))
+        num_accepted = min(verdict.num_accepted[row], num_draft)
+        self.policy.observe(seq, num_draft, num_accepted)
+        mask = (1 << num_draft) - 1
+        return TokenDelta(
+            request_id=seq.request.id,
+            choice=seq.choice.index,
+            token_ids=kept,
+            finish_reason=reason,
+            round=Round(num_draft, num_accepted, verdict.deferred_masks[row] & mask, verdict.lossy_masks[row] & mask) if num_draft else None,
+            num_cached_tokens=seq.num_cached or 0,
+            queue_seconds=seq.queue_seconds,
+            num_target_calls=seq.num_target_calls,
+            num_drafter_calls=seq.num_drafter_calls,
+        )
+
+    # ------------------------------------------------------------------ letting go
+    def _unpublished_keys(self, seq: Sequence) -> list[bytes]:
+        num_full = len(seq.tokens) // self.pool.block_size
+        return [self.pool.key(seq, index) for index in range(seq.num_computed // self.pool.block_size, num_full)]
+
+    def _release(self, seq: Sequence) -> None:
+        """Give back all blocks; what was published of them may be found again."""
+        self._leaders.discard(seq, seq.block_keys)
+        self.pool.trim(seq, 0)
+        seq.num_computed = seq.drafter_computed = seq.num_published = seq.num_drafter_marked = 0
+
+    def _retire(self, seq: Sequence) -> None:
+        self._release(seq)
+        self.policy.forget(seq)
+        choices = self._by_request[seq.request.id]
+        del choices[seq.choice.index]
+        if not choices:
+            del self._by_request[seq.request.id]
+
+    def check(self) -> None:
+        """Raise AssertionError unless the bookkeeping is consistent; for tests and for an idle engine."""
+        live = [*self.running, *self.waiting]
+        self.pool.check(live)
+        assert not any(seq.block_table or seq.num_computed for seq in self.waiting), "a waiting sequence holds blocks"
+        assert {seq for choices in self._by_request.values() for seq in choices.values()} == set(live), "a sequence is lost"
+        assert set(self._leaders.by_key.values()) <= set(self.running), "a block is awaited from a sequence that does not run"
+        for seq in self.running:
+            assert seq.drafter_computed <= seq.num_computed < len(seq.tokens), "a watermark is off"
+            assert len(seq.block_table) >= self.pool.blocks_for(seq.num_computed), "KV without a block"
