@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -197,7 +198,7 @@ class ThreadClient:
         self._admission.check(request, num_open=sum(len(s.open_choices) for s in self._streams.values()))
         stream = DeltaStream(request, self._abort)
         self._streams[request.id] = stream
-        self._send(lambda: core.add(request))
+        self._send(partial(core.add, request))
         return stream
 
     def on_step(self, callback: Callable[[StepStats], None]) -> None:
@@ -222,7 +223,7 @@ class ThreadClient:
     def _abort(self, request_id: str, choice: int) -> None:
         core = self._core
         if core is not None and self._error is None:
-            self._send(lambda: core.abort(request_id, choice))
+            self._send(partial(core.abort, request_id, choice))
         stream = self._streams.get(request_id)
         if stream is not None and not stream.open_choices:
             del self._streams[request_id]
@@ -253,21 +254,21 @@ class ThreadClient:
     def _run(self, ready: asyncio.Future[None]) -> None:
         try:
             core = self._build()
-        except BaseException as error:  # whatever loading raises belongs to the caller of start()
-            self._post(lambda: self._failed_to_start(ready, error))
+        except BaseException as error:  # noqa: BLE001  # whatever loading raises belongs to the caller of start()
+            self._post(partial(self._failed_to_start, ready, error))
             return
-        self._post(lambda: self._started(ready, core))
+        self._post(partial(self._started, ready, core))
         try:
             while self._await_work(core):
                 self._step_began = time.monotonic()
                 output = core.step()
                 self._longest_step = max(self._longest_step, time.monotonic() - self._step_began)
                 self._step_began = None
-                self._post(lambda output=output: self._deliver(output))  # type: ignore[misc]  # mypy cannot type a bound default
+                self._post(partial(self._deliver, output))
         except BaseException as error:
             dead = EngineDead(f"The engine stopped at an internal error ({type(error).__name__}: {error}).")
             dead.__cause__ = error
-            self._post(lambda: self._fail(dead))
+            self._post(partial(self._fail, dead))
             raise
 
     def _await_work(self, core: Steppable) -> bool:

@@ -1,16 +1,16 @@
 """What can go wrong, as one tree. The class decides whether the caller or the server is at fault, never the place that raises.
 
-    EngineError
-    ├── ClientError                 the caller's mistake; the same call fails again
-    │   ├── InvalidRequest          a value that cannot be served; `param` names it
-    │   └── ContextLengthExceeded   prompt and answer do not fit the served context
-    └── ServerError                 not the caller's mistake
-        ├── QueueFull               try again after `retry_after` seconds
-        ├── EngineDead              the engine failed or was closed; what it was running is lost
-        └── ConfigError             the deployment cannot be served as configured
-            ├── SourceError         a model's files cannot be found, read or fetched
-            ├── UnsupportedModel    the model is readable, but would be computed wrongly
-            └── IncompatiblePair    target and drafter do not share a vocabulary
+EngineError
+├── ClientError                 the caller's mistake; the same call fails again
+│   ├── InvalidRequest          a value that cannot be served; `param` names it
+│   └── ContextLengthExceeded   prompt and answer do not fit the served context
+└── ServerError                 not the caller's mistake
+    ├── QueueFull               try again after `retry_after` seconds
+    ├── EngineDead              the engine failed or was closed; what it was running is lost
+    └── ConfigError             the deployment cannot be served as configured
+        ├── SourceError         a model's files cannot be found, read or fetched
+        ├── UnsupportedModel    the model is readable, but would be computed wrongly
+        └── IncompatiblePair    target and drafter do not share a vocabulary
 """
 
 from __future__ import annotations

@@ -208,12 +208,13 @@ class Scheduler:
         num_accepted = min(verdict.num_accepted[row], num_draft)
         self.policy.observe(seq, num_draft, num_accepted)
         mask = (1 << num_draft) - 1
+        became = Round(num_draft, num_accepted, verdict.deferred_masks[row] & mask, verdict.lossy_masks[row] & mask)
         return TokenDelta(
             request_id=seq.request.id,
             choice=seq.choice.index,
             token_ids=kept,
             finish_reason=reason,
-            round=Round(num_draft, num_accepted, verdict.deferred_masks[row] & mask, verdict.lossy_masks[row] & mask) if num_draft else None,
+            round=became if num_draft else None,
             num_cached_tokens=seq.num_cached or 0,
             queue_seconds=seq.queue_seconds,
             num_target_calls=seq.num_target_calls,
