@@ -28,13 +28,13 @@ class ModelSource(Section):
     quantization: Literal["none"] = "none"
 
 
-class NoDrafter(Section):
+class NoDrafterConfig(Section):
     """The target alone."""
 
     kind: Literal["none"] = "none"
 
 
-class NGramDrafter(Section):
+class NGramDrafterConfig(Section):
     """Prompt lookup: what followed the last few tokens when they last occurred in prompt or answer."""
 
     kind: Literal["ngram"] = "ngram"
@@ -42,29 +42,29 @@ class NGramDrafter(Section):
     min_n: int = Field(1, ge=1, le=8, description="shortest run that is looked up")
 
     @model_validator(mode="after")
-    def _ordered(self) -> NGramDrafter:
+    def _ordered(self) -> NGramDrafterConfig:
         if self.min_n > self.max_n:
             raise ValueError(f"min_n is {self.min_n} and must be at most max_n, which is {self.max_n}")
         return self
 
 
-class ModelDrafter(ModelSource):
+class ModelDrafterConfig(ModelSource):
     """A second, smaller model of the same vocabulary."""
 
     kind: Literal["model"] = "model"
 
 
-DrafterConfig = Annotated[NoDrafter | NGramDrafter | ModelDrafter, Field(discriminator="kind")]
+DrafterConfig = Annotated[NoDrafterConfig | NGramDrafterConfig | ModelDrafterConfig, Field(discriminator="kind")]
 
 
-class FixedLength(Section):
+class FixedLengthConfig(Section):
     """Always `max` drafts, as far as budget and memory allow."""
 
     policy: Literal["fixed"] = "fixed"
     max: int = Field(4, ge=0, le=64)
 
 
-class HeuristicLength(Section):
+class HeuristicLengthConfig(Section):
     """Two more after a round in which all drafts were accepted, one fewer otherwise."""
 
     policy: Literal["heuristic"] = "heuristic"
@@ -72,13 +72,13 @@ class HeuristicLength(Section):
     max: int = Field(8, ge=1, le=64)
 
     @model_validator(mode="after")
-    def _ordered(self) -> HeuristicLength:
+    def _ordered(self) -> HeuristicLengthConfig:
         if self.start > self.max:
             raise ValueError(f"start is {self.start} and must be at most max, which is {self.max}")
         return self
 
 
-LengthConfig = Annotated[FixedLength | HeuristicLength, Field(discriminator="policy")]
+LengthConfig = Annotated[FixedLengthConfig | HeuristicLengthConfig, Field(discriminator="policy")]
 
 RuleName = Literal["exact"]
 
@@ -89,7 +89,7 @@ class ModelPair(Section):
     name: str = Field(min_length=1, pattern=r"^[^:\s]+$", description="the model id that clients send")
     aliases: tuple[Annotated[str, Field(min_length=1, pattern=r"^[^:\s]+$")], ...] = Field((), description="further ids for it")
     target: ModelSource
-    drafter: DrafterConfig = NoDrafter()
+    drafter: DrafterConfig = NoDrafterConfig()
 
 
 class Preset(Section):
@@ -104,7 +104,7 @@ class SpeculationConfig(Section):
     """How drafts are judged and how many there are, unless the request says otherwise."""
 
     rule: RuleName = "exact"
-    draft_length: LengthConfig = HeuristicLength()
+    draft_length: LengthConfig = HeuristicLengthConfig()
     presets: dict[Annotated[str, Field(min_length=1, pattern=r"^[^:\s]+$")], Preset] = {}
 
 

@@ -71,11 +71,12 @@ class QKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class DraftRows:
-    """Drafter's rows for drafts and bonus: processed (what is drawn from) and hard-masked logits (what rules read)."""
+class Rows:
+    """Distributions over the vocabulary, of the target [R, V] or of the drafter [B, K + 1, V]."""
 
-    probs: Tensor  # [B, K + 1, V]
-    logits: Tensor  # [B, K + 1, V]
+    probs: Tensor  # processed: what is drawn from, and what acceptance ratios and residuals use
+    logits: Tensor  # hard-masked, temperature 1: what rules read, as probabilities
+    allowed: Tensor | None  # booleans, what the hard masks leave; None where nothing is masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class DraftBatch:
     lengths: tuple[int, ...]  # [B] drafts of each completing chunk, at most its max_draft
     ids: Tensor | list[list[int]]  # [B, K], padded with 0; anything torch.as_tensor takes, so a drafter may be torch-free
     kinds: list[list[int]]  # [B, K + 1] of QKind; entry lengths[b] is the bonus position, padded with NONE
-    rows: DraftRows | None  # None where no kind is DENSE
+    rows: Rows | None  # [B, K + 1, V]; None where no kind is DENSE
     drafter_computed: tuple[int, ...]  # [C] the drafter's watermark, drafts included
     lagging: tuple[bool, ...]  # [C] a row is due and the drafter has not caught up: emit nothing yet
     num_calls: tuple[int, ...]  # [C] passes of the drafter that the chunk took part in
@@ -107,6 +108,19 @@ class RowBatch:
     offsets: tuple[int, ...]  # [N]
     draft_index: tuple[int, ...]  # [N] row of draft_ids that holds the sequence's drafts
     draft_ids: Tensor  # [B, K]
+
+    def windows(self) -> list[int]:
+        """Which of the N rows belong to verify windows; the others were wanted besides."""
+        return [i for i, offset in enumerate(self.offsets) if offset >= 0]
+
+    def select(self, index: list[int]) -> RowBatch:
+        """Some of the rows."""
+        return RowBatch(
+            seqs=tuple(self.seqs[i] for i in index),
+            offsets=tuple(self.offsets[i] for i in index),
+            draft_index=tuple(self.draft_index[i] for i in index),
+            draft_ids=self.draft_ids,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +175,8 @@ class RawRows(Protocol):
 class Rule(Protocol):
     """Says which drafted tokens may stand, as a keep-set A per row."""
 
-    name: str
-    needs_q: bool  # whether it reads raw.q; rows without it are then verified with pi = p
+    needs_q: bool  # reads raw.q; rows without it are then verified with pi = p
+    is_lossless: bool  # keeps nothing, so that pi = p
 
     def keep(self, raw: RawRows, alpha: Tensor) -> Tensor:
         """A as booleans, [N, V], or [N, 1] for a rule that keeps all tokens or none. `alpha` is [N, 1].
@@ -172,7 +186,9 @@ class Rule(Protocol):
 
 
 class LogitsProcessor(Protocol):
-    """Row-wise change of logits before they become probabilities, given to runner and drafter alike."""
+    """Row-wise change of logits before they become probabilities, applied to the rows of target and drafter alike."""
+
+    is_mask: bool  # a hard mask, which rules see, too: entries become -inf or stay as they are
 
     def apply(self, logits: Tensor, rows: RowBatch) -> Tensor:
-        """[N, V] to [N, V]; entries set to -inf are forbidden in both models."""
+        """[N, V] to [N, V], a new tensor."""

@@ -70,6 +70,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    def holds(self, seq: Sequence) -> bool:
+        """Whether the sequence has neither ended nor been aborted."""
+        return self._by_request.get(seq.request.id, {}).get(seq.choice.index) is seq
+
     # ------------------------------------------------------------------ in and out
     def add(self, request: Request) -> None:
         """Queue every choice of an admitted request."""
@@ -94,7 +98,8 @@ class Scheduler:
     # ------------------------------------------------------------------ planning
     def schedule(self) -> StepPlan:
         """Everyone catches up with its own length, oldest first; then who waits; drafts get what is left."""
-        left, plan, preemptions = self._limits.max_step_tokens, [], self.counters.num_preemptions
+        plan: list[Chunk] = []
+        left, preemptions = self._limits.max_step_tokens, self.counters.num_preemptions
         for seq in list(self.running):
             if left and seq in self.running:
                 left -= self._place(seq, left, plan)

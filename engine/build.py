@@ -1,0 +1,188 @@
+"""The composition root: from a config to an EngineCore. All choices between plug-ins are made here, and only here.
+
+Refuses what cannot work before anything is served, naming both sides of an impossible combination.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine.config import (
+    EngineConfig,
+    HeuristicLengthConfig,
+    LengthConfig,
+    ModelDrafterConfig,
+    ModelSource,
+    NGramDrafterConfig,
+    NoDrafterConfig,
+    RuntimeConfig,
+)
+from engine.core import EngineCore, Parts
+from engine.draft.length import FixedLength, HeuristicLength
+from engine.draft.model import ModelDrafter
+from engine.draft.ngram import NGramDrafter, NoDrafter
+from engine.errors import ConfigError
+from engine.kv.block_pool import BlockPool
+from engine.model.attention import IMPLEMENTATION
+from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
+from engine.model.paged import PagedModel, kv_bytes_per_token
+from engine.model.runner import ModelRunner
+from engine.model.source import Progress, resolve, silent
+from engine.model.stack import DecoderStack
+from engine.plan import Drafter, DraftLengthPolicy, LogitsProcessor, Rule
+from engine.request import Choice, Request, SamplingParams
+from engine.sampling.distributions import Distributions
+from engine.sched.scheduler import Limits, Scheduler
+from engine.stats import EngineInfo
+from engine.verify.rules import RULES
+from engine.verify.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class Member:
+    """A loaded model of the pair."""
+
+    stack: DecoderStack
+    context_length: int
+    path: Path  # folder with tokenizer and configs
+    end_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What code may plug in that no config names; tests do."""
+
+    rules: Mapping[str, Rule] = field(default_factory=lambda: RULES)
+    processors: ListLike[LogitsProcessor] = ()
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the KV cache holds."""
+
+    bytes_per_token: int  # in all layers of target and drafter
+    num_blocks: int
+    max_model_len: int
+
+
+def plan_memory(config: RuntimeConfig, bytes_per_token: int, model_context: int) -> MemoryPlan:
+    """Blocks that fit into `kv_cache`, and the context that can be served: the smaller of model, pool and `max_model_len`.
+
+    Raises ConfigError where not even one block fits, or where a `max_model_len` was asked for that cannot be served.
+    """
+    block_bytes = bytes_per_token * config.block_size
+    num_blocks = int(config.kv_cache) // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(f"engine.kv_cache: {int(config.kv_cache)} bytes - must be at least {block_bytes}, the size of one block")
+    served = min(model_context, num_blocks * config.block_size)
+    asked = config.max_model_len
+    if asked is not None and asked > served:
+        why = f"the model's context is {model_context}" if model_context < asked else "engine.kv_cache holds no more; raise it"
+        raise ConfigError(f"engine.max_model_len: {asked} - must be at most {served}: {why}")
+    return MemoryPlan(bytes_per_token, num_blocks, served if asked is None else asked)
+
+
+def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | None = None) -> EngineCore:
+    """Load everything, warm up, and return an engine that is ready. Raises ConfigError and its kin."""
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    drafter_source = config.model.drafter if isinstance(config.model.drafter, ModelDrafterConfig) else None
+    target_path = resolve(config.model.target, cache_dir, progress)
+    drafter_path = resolve(drafter_source, cache_dir, progress) if drafter_source else None
+    if drafter_source and drafter_path:  # before minutes are spent on weights
+        check_pair(_pair_member(config.model.target, target_path), _pair_member(drafter_source, drafter_path))
+    target = _load(config.model.target, target_path, config.engine, progress)
+    drafter = _load(drafter_source, drafter_path, config.engine, progress) if drafter_source and drafter_path else None
+    core = assemble(config, target, drafter)
+    progress("Warming up")
+    _warm_up(core)
+    return core
+
+
+def assemble(config: EngineConfig, target: Member, drafter: Member | None = None, extras: Extras | None = None) -> EngineCore:
+    """An engine over models that are already loaded."""
+    extras = extras or Extras()
+    stacks = [target.stack, *([drafter.stack] if drafter else [])]
+    vocab_size = min(stack.vocab_size for stack in stacks)
+    memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length)
+    block_size = config.engine.block_size
+    distributions = Distributions(extras.processors)
+    policy = make_policy(config.speculation.draft_length)
+    parts = Parts(
+        scheduler=Scheduler(
+            BlockPool(memory.num_blocks, block_size), Limits(config.engine.max_sequences, config.engine.max_step_tokens), policy
+        ),
+        drafter=_make_drafter(config, drafter, memory, distributions, vocab_size),
+        runner=ModelRunner(PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)),
+        distributions=distributions,
+        verifier=Verifier(extras.rules),
+        max_drafter_tokens=config.engine.max_drafter_tokens or config.engine.max_step_tokens,
+    )
+    info = EngineInfo(
+        incarnation=uuid.uuid4().hex,
+        target=config.model.target.source,
+        drafter=_drafter_name(config),
+        target_path=str(target.path),
+        device=str(target.stack.device),
+        dtype=str(target.stack.dtype).removeprefix("torch."),
+        vocab_size=vocab_size,
+        max_model_len=memory.max_model_len,
+        end_token_ids=target.end_token_ids,
+        rules=tuple(extras.rules),
+        max_draft=0 if isinstance(config.model.drafter, NoDrafterConfig) else policy.max_length,
+        max_sequences=config.engine.max_sequences,
+        num_blocks=memory.num_blocks,
+        block_size=block_size,
+        weight_bytes=sum(stack.num_weight_bytes for stack in stacks),
+        kv_bytes=memory.num_blocks * block_size * memory.bytes_per_token,
+    )
+    return EngineCore(parts, info)
+
+
+def make_policy(config: LengthConfig) -> DraftLengthPolicy:
+    """The draft-length policy of a config."""
+    if isinstance(config, HeuristicLengthConfig):
+        return HeuristicLength(config.start, config.max)
+    return FixedLength(config.max)
+
+
+def _make_drafter(
+    config: EngineConfig, member: Member | None, memory: MemoryPlan, distributions: Distributions, vocab_size: int
+) -> Drafter:
+    kind = config.model.drafter
+    if isinstance(kind, NGramDrafterConfig):
+        return NGramDrafter(kind.max_n, kind.min_n)
+    if member is None:
+        return NoDrafter()
+    model = PagedModel(member.stack, memory.num_blocks, config.engine.block_size, vocab_size)
+    return ModelDrafter(model, distributions, member.context_length)
+
+
+def _drafter_name(config: EngineConfig) -> str:
+    drafter = config.model.drafter
+    return f"model:{drafter.source}" if isinstance(drafter, ModelDrafterConfig) else drafter.kind
+
+
+def _pair_member(source: ModelSource, path: Path) -> PairMember:
+    return PairMember(source.source, path, read_config(path).vocab_size)
+
+
+def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, progress: Progress) -> Member:
+    config, device = read_config(path), resolve_device(runtime.device)
+    model = load(path, resolve_dtype(source.dtype, device, config), device, IMPLEMENTATION, progress)
+    return Member(DecoderStack(model), context_length(config), path, end_token_ids(path))
+
+
+def _warm_up(core: EngineCore) -> None:
+    """Run one short answer, so that the first client does not pay for lazy initialisation."""
+    length = min(16, core.info.max_model_len - 1)
+    sampling = SamplingParams(max_tokens=min(4, core.info.max_model_len - length), temperature=1.0, is_seeded=True)
+    core.add(Request(id="warm-up", prompt_ids=(0,) * length, sampling=sampling, choices=(Choice(),)))
+    while core.has_work:
+        core.step()

@@ -1,0 +1,180 @@
+"""A second, smaller model as the drafter, with KV of its own over the shared blocks and a watermark of its own.
+
+It lags where blocks were reused that it never computed, where a sequence was not drafted for, and by one token after a round in
+which all drafts stood. It catches up inside `propose`, under its own budget, oldest sequence first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.model.attention import Segment
+from engine.model.paged import PagedModel
+from engine.plan import Chunk, DraftBatch, QKind, RowBatch, Rows, StepPlan, Verdict
+from engine.sampling.distributions import Distributions
+from engine.sampling.draws import Purpose, draw, uniforms
+from engine.sequence import Sequence
+
+
+@dataclass(eq=False, slots=True)
+class _Draft:
+    """How far one chunk has come within a proposal."""
+
+    chunk: Chunk
+    computed: int  # the drafter's watermark, drafts included
+    row: int = -1  # its row in the batch; -1 for a chunk that does not complete
+    num_rows: int = 0
+    num_drafted: int = 0
+    num_calls: int = 0
+    is_lagging: bool = False
+
+    @property
+    def seq(self) -> Sequence:
+        return self.chunk.seq
+
+    def has_row(self) -> bool:
+        """Whether the row that the next draft is drawn from is there."""
+        return self.num_rows > self.num_drafted
+
+    def wants_draft(self) -> bool:
+        return self.has_row() and self.num_drafted < self.chunk.max_draft
+
+    def wants_row_behind(self) -> bool:
+        """Whether the newest draft is to be run: for the next one, or because every position needs a row."""
+        return self.num_drafted < self.chunk.max_draft or self.seq.needs_q
+
+
+@dataclass(slots=True)
+class _Table:
+    """The batch that is being filled: ids [B, K], rows [B, K + 1, V]."""
+
+    drafts: list[_Draft]  # those that emit
+    ids: Tensor
+    probs: Tensor
+    logits: Tensor
+
+
+class ModelDrafter:
+    """Drafts with a PagedModel of the target's vocabulary."""
+
+    def __init__(self, model: PagedModel, distributions: Distributions, context_length: int):
+        """`context_length`: positions that the model can hold. Behind them there are no rows, and no drafts."""
+        self._model = model
+        self._distributions = distributions
+        self._context_length = context_length
+
+    @torch.inference_mode()
+    def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
+        drafts = [_Draft(chunk, chunk.seq.drafter_computed) for chunk in plan.chunks]
+        logits, ready, left = self._catch_up(drafts, budget)
+        for draft in drafts:
+            draft.is_lagging = self._row_is_due(draft) and draft not in ready
+        emitting = [d for d in drafts if d.chunk.completes and not d.is_lagging]
+        for row, draft in enumerate(emitting):
+            draft.row = row
+        table = self._new_table(emitting)
+        if ready:
+            self._store(table, ready, logits)
+        while left > 0 and (drafting := [d for d in ready if d.wants_draft()]):
+            left -= self._extend(table, drafting[:left])
+        return self._batch(drafts, table)
+
+    def observe(self, plan: StepPlan, verdict: Verdict) -> None:
+        """The scheduler moves the watermark back; nothing else is learnt."""
+
+    def forget(self, seq: Sequence) -> None:
+        """Nothing is remembered."""
+
+    # ------------------------------------------------------------------ catching up
+    def _row_is_due(self, draft: _Draft) -> bool:
+        """Whether the chunk must not emit without a drafter's row: a position up to the context's length has one."""
+        return draft.chunk.completes and draft.seq.needs_q and len(draft.seq.tokens) <= self._context_length
+
+    def _num_behind(self, draft: _Draft) -> int:
+        """Tokens to run before the row for the next position is there, or before the chunk's end."""
+        chunk, seq = draft.chunk, draft.seq
+        if not seq.request.speculation.enabled:
+            return 0
+        if chunk.completes and not chunk.max_draft and not seq.needs_q:
+            return 0  # nothing is drafted and no row is needed: catch up when something is
+        return max(0, min(seq.num_computed + chunk.num_tokens, self._context_length) - draft.computed)
+
+    def _catch_up(self, drafts: list[_Draft], budget: int) -> tuple[Tensor, list[_Draft], int]:
+        """Run committed tokens, oldest sequence first. Returns logits, whose they are, and the budget that is left."""
+        segments, ids, rows, ready = [], [], [], []
+        for draft in drafts:
+            num = min(self._num_behind(draft), budget)
+            if not num:
+                continue
+            budget -= num
+            segments.append(Segment(draft.seq.block_table, draft.computed, num))
+            ids.extend(draft.seq.tokens[draft.computed : draft.computed + num])
+            draft.computed += num
+            draft.num_calls += 1
+            if draft.chunk.completes and draft.computed == len(draft.seq.tokens):
+                rows.append(len(ids) - 1)
+                ready.append(draft)
+        logits = self._model.forward(segments, torch.tensor(ids, dtype=torch.long, device=self._model.stack.device), rows)
+        return logits, ready, budget
+
+    # ------------------------------------------------------------------ drafting
+    def _new_table(self, emitting: list[_Draft]) -> _Table:
+        longest = max((d.chunk.max_draft for d in emitting if d.seq.request.speculation.enabled), default=0)
+        device, vocab = self._model.stack.device, self._model.vocab_size
+        dtype = torch.promote_types(self._model.stack.dtype, torch.float32)
+        shape = (len(emitting), longest + 1, vocab)
+        return _Table(
+            drafts=emitting,
+            ids=torch.zeros(len(emitting), longest, dtype=torch.long, device=device),
+            probs=torch.zeros(shape, dtype=dtype, device=device),
+            logits=torch.zeros(shape, dtype=dtype, device=device),
+        )
+
+    def _store(self, table: _Table, drafts: list[_Draft], logits: Tensor) -> None:
+        """Turn logits [N, V] into the next row q of each of N drafts."""
+        batch = RowBatch(
+            seqs=tuple(d.seq for d in drafts),
+            offsets=tuple(d.num_drafted for d in drafts),
+            draft_index=tuple(d.row for d in drafts),
+            draft_ids=table.ids,
+        )
+        rows: Rows = self._distributions.of(logits, batch)
+        at = [d.row for d in drafts], [d.num_rows for d in drafts]
+        table.probs[at], table.logits[at] = rows.probs, rows.logits
+        for draft in drafts:
+            draft.num_rows += 1
+
+    def _extend(self, table: _Table, drafts: list[_Draft]) -> int:
+        """Draw one more token for each, and run those behind which a row is wanted. Returns the tokens run or drawn."""
+        device = table.ids.device
+        at = [d.row for d in drafts], [d.num_drafted for d in drafts]
+        keys = torch.tensor([d.seq.key for d in drafts], dtype=torch.long, device=device)
+        positions = torch.tensor([len(d.seq.tokens) + d.num_drafted for d in drafts], dtype=torch.long, device=device)
+        drawn = draw(table.probs[at], uniforms(keys, positions, Purpose.DRAFT))
+        table.ids[at] = drawn
+        for draft in drafts:
+            draft.num_drafted += 1
+        run = [i for i, d in enumerate(drafts) if d.wants_row_behind() and d.computed < self._context_length]
+        if run:
+            running = [drafts[i] for i in run]
+            segments = [Segment(d.seq.block_table, d.computed, 1) for d in running]
+            self._store(table, running, self._model.forward(segments, drawn[run], range(len(run))))
+            for draft in running:
+                draft.computed += 1
+                draft.num_calls += 1
+        return len(drafts)
+
+    def _batch(self, drafts: list[_Draft], table: _Table) -> DraftBatch:
+        width = table.probs.shape[1]
+        return DraftBatch(
+            lengths=tuple(d.num_drafted for d in table.drafts),
+            ids=table.ids,
+            kinds=[[*[QKind.DENSE] * d.num_rows, *[QKind.NONE] * (width - d.num_rows)] for d in table.drafts],
+            rows=Rows(table.probs, table.logits, allowed=None) if any(d.num_rows for d in table.drafts) else None,
+            drafter_computed=tuple(d.computed for d in drafts),
+            lagging=tuple(d.is_lagging for d in drafts),
+            num_calls=tuple(d.num_calls for d in drafts),
+        )

@@ -1,0 +1,143 @@
+"""Attention of a ragged batch over the paged KV cache, by gather and scaled_dot_product_attention.
+
+All sequences of a step are packed into one row [1, N]. A Segment says which positions of which block table its part of the row
+holds; queries of a segment see all earlier positions of their own sequence and nothing else. Segments of similar size share one
+call: both sides are padded to the largest of their power-of-two class, so padding at most doubles the work.
+
+The function is registered with transformers' AttentionInterface and receives the PagedContext as a keyword through the layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from engine.kv.cache import KVCache
+
+IMPLEMENTATION = "cascade_paged"
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`num_tokens` consecutive positions of one sequence, from `start`; its KV lies in the blocks of `block_table`."""
+
+    block_table: ListLike[int]
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Segments that share one attention call: G of them, at most n queries and L keys each."""
+
+    queries: Tensor  # [G, n] index in the packed row; padded with 0
+    slots: Tensor  # [G, L] of keys and values; padded with 0
+    mask: Tensor  # [G, 1, n, L] 0 where a query sees a key, else -inf
+    is_query: Tensor  # [G, n] False where padded
+
+
+@dataclass(frozen=True, slots=True)
+class PagedContext:
+    """Where the packed row's tokens stand; made once a pass, the same for all layers."""
+
+    cache: KVCache
+    positions: Tensor  # [N]
+    slots: Tensor  # [N] where the row's keys and values go
+    groups: tuple[_Group, ...]
+
+
+def paged_context(segments: ListLike[Segment], block_size: int, cache: KVCache) -> PagedContext:
+    """Index tensors for a packed row that holds `segments` one after another."""
+    store = cache.keys[0]
+    classes: dict[tuple[int, int], list[tuple[int, Segment]]] = defaultdict(list)
+    positions, slots, offset = [], [], 0
+    for segment in segments:
+        run = np.arange(segment.start, segment.end)
+        positions.append(run)
+        slots.append(_slots(segment, run, block_size))
+        classes[segment.num_tokens.bit_length(), segment.end.bit_length()].append((offset, segment))
+        offset += segment.num_tokens
+    return PagedContext(
+        cache=cache,
+        positions=_tensor(np.concatenate(positions), store.device),
+        slots=_tensor(np.concatenate(slots), store.device),
+        groups=tuple(_group(members, block_size, store) for members in classes.values()),
+    )
+
+
+def _slots(segment: Segment, positions: Ints, block_size: int) -> Ints:
+    table = np.asarray(segment.block_table, dtype=np.int64)
+    return table[positions // block_size] * block_size + positions % block_size
+
+
+def _group(members: list[tuple[int, Segment]], block_size: int, store: Tensor) -> _Group:
+    num_queries = max(segment.num_tokens for _, segment in members)
+    num_keys = max(segment.end for _, segment in members)
+    queries = np.zeros((len(members), num_queries), dtype=np.int64)
+    last_seen = np.zeros((len(members), num_queries), dtype=np.int64)  # a padded query sees key 0, so that no row is empty
+    slots = np.zeros((len(members), num_keys), dtype=np.int64)
+    is_query = np.zeros((len(members), num_queries), dtype=np.bool_)
+    for row, (offset, segment) in enumerate(members):
+        num = segment.num_tokens
+        queries[row, :num] = np.arange(offset, offset + num)
+        last_seen[row, :num] = np.arange(segment.start, segment.end)
+        slots[row, : segment.end] = _slots(segment, np.arange(segment.end), block_size)
+        is_query[row, :num] = True
+    is_hidden = np.arange(num_keys) > last_seen[:, None, :, None]
+    mask = torch.zeros(is_hidden.shape, dtype=store.dtype, device=store.device)
+    mask.masked_fill_(torch.from_numpy(is_hidden).to(store.device), -torch.inf)
+    return _Group(
+        queries=_tensor(queries, store.device),
+        slots=_tensor(slots, store.device),
+        mask=mask,
+        is_query=torch.from_numpy(is_query).to(store.device),
+    )
+
+
+def _tensor(array: Ints, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, heads, N, head_dim]
+    key: Tensor,  # [1, kv_heads, N, head_dim]
+    value: Tensor,  # [1, kv_heads, N, head_dim]
+    attention_mask: Tensor | None,  # None: the context has its own
+    *,
+    scaling: float,
+    paged: PagedContext,
+    **_: Any,  # dropout and other keywords of transformers' interface that do not concern an engine
+) -> tuple[Tensor, None]:
+    """Write the row's keys and values, then attend over each sequence's whole context. Returns [1, N, heads, head_dim]."""
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    assert attention_mask is None
+    paged.cache.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    packed = query[0].transpose(0, 1)  # [N, heads, head_dim]
+    output = torch.empty_like(packed)
+    for group in paged.groups:
+        keys, values = paged.cache.read(layer, group.slots)
+        attended = scaled_dot_product_attention(
+            packed[group.queries].transpose(1, 2), keys, values, attn_mask=group.mask, scale=scaling, enable_gqa=True
+        )
+        output[group.queries[group.is_query]] = attended.transpose(1, 2)[group.is_query]
+    return output.unsqueeze(0), None
+
+
+AttentionInterface.register(IMPLEMENTATION, paged_attention)

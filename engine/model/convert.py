@@ -1,0 +1,28 @@
+"""`python -m engine.model.convert FILE.gguf FOLDER`: write a GGUF model in float32 and the transformers format.
+
+Run by gguf_cache in a process of its own, which takes the memory of the conversion and transformers' progress bars with it.
+It keeps no cache and checks nothing: whatever transformers raises ends it, and its last line of output says why.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Fill `folder` with config, weights, tokenizer and chat template."""
+    # Without dequantize=True transformers keeps packed tensors, and refuses to save them.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,41 @@
+"""A model together with its KV cache: ragged passes over segments. Target and drafter are two of these over the same block ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+
+import torch
+from torch import Tensor
+
+from engine.kv.cache import KVCache
+from engine.model.attention import Segment, paged_context
+from engine.model.stack import DecoderStack
+
+
+class PagedModel:
+    """Runs segments of several sequences in one pass."""
+
+    def __init__(self, stack: DecoderStack, num_blocks: int, block_size: int, vocab_size: int | None = None):
+        """`vocab_size` cuts the logits to what the pair has in common; None leaves all."""
+        self.stack = stack
+        self.vocab_size = vocab_size or stack.vocab_size
+        self._block_size = block_size
+        self._cache = KVCache(stack.num_layers, num_blocks * block_size, stack.kv_shape, stack.dtype, stack.device)
+
+    @torch.inference_mode()
+    def forward(self, segments: ListLike[Segment], input_ids: Tensor, rows: ListLike[int]) -> Tensor:
+        """Logits [R, V] of the tokens at `rows` (indices in the packed row) of input_ids [N], which fill `segments` in order.
+
+        Writes the KV of all N tokens. Reads, for each segment, the KV of all positions before its end.
+        """
+        if not segments:
+            return torch.empty(0, self.vocab_size, dtype=self.stack.dtype, device=self.stack.device)
+        hidden = self.stack.hidden(input_ids, paged_context(segments, self._block_size, self._cache))
+        wanted = hidden if len(rows) == hidden.shape[0] else hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
+        return self.stack.logits(wanted)[:, : self.vocab_size]
+
+
+def kv_bytes_per_token(stack: DecoderStack) -> int:
+    """Bytes of keys and values that one position takes in all layers of a model."""
+    heads, head_dim = stack.kv_shape
+    return 2 * stack.num_layers * heads * head_dim * stack.dtype.itemsize

@@ -1,0 +1,87 @@
+"""The layer loop: runs a transformers model's own modules on a packed row, one decoder layer after another.
+
+No model code is copied: embedding, rotary tables, layers, norm and head are the model's. Early exit and pruning need the loop
+between the layers, which is why it is here and not the model's `forward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import UnsupportedModel
+from engine.kv.cache import KVCache
+from engine.model.attention import IMPLEMENTATION, PagedContext, Segment, paged_context
+
+# largest difference of logits, relative to the largest logit, that is rounding and not a mistake
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class DecoderStack:
+    """A causal language model of the Llama kind, seen as embedding, layers, norm and head."""
+
+    def __init__(self, model: Any):
+        """`model` is a transformers ...ForCausalLM, in eval mode; from now on its attention is the paged one.
+
+        Raises UnsupportedModel where the packed loop does not compute what the model's own forward does.
+        """
+        self._model = model
+        self._body = model.model
+        self.config = model.config
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self._check()
+        model.set_attn_implementation(IMPLEMENTATION)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._body.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head; may be padded beyond the tokenizer's vocabulary."""
+        return int(self._model.lm_head.weight.shape[0])
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """Key-value heads and head dimension of a layer."""
+        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return self.config.num_key_value_heads, head_dim
+
+    @property
+    def num_weight_bytes(self) -> int:
+        return sum(w.nbytes for w in {id(w): w for w in self._model.parameters()}.values())
+
+    def hidden(self, input_ids: Tensor, paged: PagedContext) -> Tensor:
+        """Normed hidden states [N, hidden] of a packed row of ids [N]."""
+        positions = paged.positions.unsqueeze(0)
+        h = self._body.embed_tokens(input_ids.unsqueeze(0))
+        rotary = self._body.rotary_emb(h, positions)
+        for layer in self._body.layers:
+            h = layer(h, position_embeddings=rotary, position_ids=positions, attention_mask=None, paged=paged)
+        return self._body.norm(h)[0]  # type: ignore[no-any-return]  # transformers' modules are untyped
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, V] of normed hidden states [R, hidden]."""
+        return self._model.lm_head(hidden)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Two short sequences, packed, must get the logits that the model's own forward gives each of them."""
+        lengths, block_size = (9, 5), 16
+        # fixed ids from all over the vocabulary, so that a start is repeatable
+        ids = [torch.arange(1, n + 1, device=self.device) * 7919 % self.vocab_size for n in lengths]
+        self._model.set_attn_implementation("sdpa")
+        expected = torch.cat([self._model(row.unsqueeze(0), use_cache=False).logits[0] for row in ids])
+        self._model.set_attn_implementation(IMPLEMENTATION)
+        cache = KVCache(self.num_layers, len(lengths) * block_size, self.kv_shape, self.dtype, self.device)
+        segments = [Segment([index], 0, n) for index, n in enumerate(lengths)]
+        got = self.logits(self.hidden(torch.cat(ids), paged_context(segments, block_size, cache)))
+        difference = float((got - expected).abs().max() / expected.abs().max())
+        if not difference <= _TOLERANCE[self.dtype]:
+            raise UnsupportedModel(
+                f"{self._model.config.model_type}: two packed sequences get other logits than the model's own forward gives them "
+                f"(off by {difference:.1e} of the largest logit; {_TOLERANCE[self.dtype]:.0e} is allowed in {self.dtype})."
+            )

@@ -1,0 +1,61 @@
+"""Randomness as a function of (seed, choice index, position, purpose), and drawing a token with it.
+
+No stream is advanced anywhere, so a neighbour in the batch, the batch's shape or a draft length cannot shift a request's numbers.
+Seed and choice index are folded into the sequence's `key`; a position is the absolute index, prompt included, of the token that
+is being chosen. Everything is integer arithmetic on the tensors' device: the numbers are the same on every device.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+from torch import Tensor
+
+
+class Purpose(enum.IntEnum):
+    """What a number is for; the three at one position are independent."""
+
+    DRAFT = 1
+    ACCEPT = 2
+    RECOVER = 3
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+# constants of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+
+
+def _shift_right(x: Tensor, by: int) -> Tensor:
+    return (x >> by) & ((1 << (64 - by)) - 1)  # int64 shifts in copies of the sign bit; the mask takes them out
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _FIRST
+    x = (x ^ _shift_right(x, 27)) * _SECOND
+    return x ^ _shift_right(x, 31)
+
+
+def uniforms(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [N], for int64 keys [N] and positions [N]. Every float64 is a multiple of 2^-53."""
+    counter = positions * 4 + int(purpose)
+    bits = _mix(keys ^ _mix(counter * _GAMMA + _GAMMA))
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Token ids [N] by inverse CDF from weights [N, V] (non-negative, any total) and uniforms u [N].
+
+    The CDF is in float64: a float32 one over 49,152 tokens ends up to 1.5e-5 off its total. The result always has a positive
+    weight, except in a row without any, which gives 0.
+    """
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    index = torch.searchsorted(cdf, u.unsqueeze(-1) * total, right=True)
+    last = torch.searchsorted(cdf, total)  # the last token with a positive weight; u * total may round up to the total
+    return torch.minimum(index, last).clamp_(max=weights.shape[-1] - 1).squeeze(-1)
