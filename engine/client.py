@@ -7,6 +7,7 @@ finds all that is waiting as one batch. An exception in the engine reaches every
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -21,6 +22,9 @@ from engine.errors import EngineDead, EngineError
 from engine.request import Request, TokenDelta
 from engine.sched.admission import Admission
 from engine.stats import EngineInfo, StepOutput, StepStats
+
+
+_log = logging.getLogger(__name__)
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -266,10 +270,10 @@ class ThreadClient:
                 self._step_began = None
                 self._post(partial(self._deliver, output))
         except BaseException as error:
+            _log.exception("The engine stopped at an internal error")
             dead = EngineDead(f"The engine stopped at an internal error ({type(error).__name__}: {error}).")
             dead.__cause__ = error
             self._post(partial(self._fail, dead))
-            raise
 
     def _await_work(self, core: Steppable) -> bool:
         """Wait until there is something to step for, apply commands; False when the engine is to end."""

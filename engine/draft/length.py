@@ -9,16 +9,19 @@ from engine.sequence import Sequence
 
 
 def share_budget(wanted: list[int], budget: int) -> list[int]:
-    """Cut lengths until they sum to at most `budget`, always the longest first: its last draft is the least likely to stand."""
+    """Cut lengths until they sum to at most `budget`, always the longest first: its last draft is the least likely to stand.
+
+    Of equally long ones the later is cut, so that older sequences keep theirs.
+    """
     excess = sum(wanted) - budget
-    longest = [(-length, index) for index, length in enumerate(wanted)]
+    longest = [(-length, -index) for index, length in enumerate(wanted)]
     heapq.heapify(longest)
     for _ in range(max(0, excess)):
         length, index = longest[0]
         heapq.heapreplace(longest, (length + 1, index))
     lengths = [0] * len(wanted)
     for length, index in longest:
-        lengths[index] = -length
+        lengths[-index] = -length
     return lengths
 
 

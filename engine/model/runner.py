@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
-from engine.plan import DraftBatch, RowBatch, RowsWanted, StepPlan
+from engine.plan import Chunk, DraftBatch, RowBatch, RowsWanted, StepPlan
+
+
+@dataclass(slots=True)
+class _Packing:
+    """The packed row while it is put together, and what is wanted of it."""
+
+    segments: list[Segment] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # 0 where a draft goes
+    draft_slots: list[int] = field(default_factory=list)  # where in the row drafts go ...
+    draft_from: list[tuple[int, int]] = field(default_factory=list)  # ... and which of draft_ids they are
+    wanted: list[int] = field(default_factory=list)  # tokens in the row whose logits are wanted
+    owners: list[tuple[Chunk, int, int]] = field(default_factory=list)  # of each wanted row: chunk, offset, row of draft_ids
+
+    def add(self, chunk: Chunk, num_draft: int, draft_row: int) -> None:
+        """Append a chunk's pending tokens and its drafts."""
+        seq, base = chunk.seq, len(self.ids)
+        num_tokens = chunk.num_tokens + num_draft
+        if not num_tokens:
+            return
+        self.segments.append(Segment(seq.block_table, seq.num_computed, num_tokens))
+        self.ids += seq.tokens[seq.num_computed : seq.num_computed + chunk.num_tokens]
+        self.draft_slots += range(len(self.ids), len(self.ids) + num_draft)
+        self.draft_from += [(draft_row, j) for j in range(num_draft)]
+        self.ids += [0] * num_draft
+        window = chunk.num_tokens - chunk.completes
+        first = 0 if chunk.rows_wanted is RowsWanted.ALL else window
+        self.wanted += range(base + first, base + num_tokens)
+        # offset 0 is the row that chooses the token behind all committed ones
+        behind = seq.num_computed + 1 - len(seq.tokens)
+        self.owners += [(chunk, behind + i, draft_row) for i in range(first, num_tokens)]
 
 
 class ModelRunner:
@@ -23,39 +55,20 @@ class ModelRunner:
         (K drafts give K + 1 rows). A chunk that wants all rows has those of its other tokens in front, with offsets below 0.
         """
         device = self._target.stack.device
-        draft_ids = torch.as_tensor(drafts.ids, dtype=torch.long, device=device).reshape(len(drafts.lengths), -1)
-        segments: list[Segment] = []
-        ids: list[int] = []
-        wanted: list[int] = []
-        draft_slots: list[int] = []  # where in the packed row drafts go ...
-        draft_from: list[tuple[int, int]] = []  # ... and which they are
-        layout: list[tuple[int, int, int]] = []  # chunk, offset, row of draft_ids
-        completing = 0
-        for index, chunk in enumerate(plan.chunks):
-            num_draft = drafts.lengths[completing] if chunk.completes else 0
-            start, base = chunk.seq.num_computed, len(ids)
-            num_tokens = chunk.num_tokens + num_draft
-            if num_tokens:
-                segments.append(Segment(chunk.seq.block_table, start, num_tokens))
-            ids.extend(chunk.seq.tokens[start : start + chunk.num_tokens])
-            draft_slots.extend(range(len(ids), len(ids) + num_draft))
-            draft_from.extend((completing, j) for j in range(num_draft))
-            ids.extend([0] * num_draft)
-            window = chunk.num_tokens - 1 if chunk.completes else chunk.num_tokens
-            first = 0 if chunk.rows_wanted is RowsWanted.ALL else window
-            wanted.extend(range(base + first, base + num_tokens))
-            # offset 0 is the row that chooses the token behind all committed ones
-            behind = start + 1 - len(chunk.seq.tokens)
-            layout.extend((index, behind + i, completing) for i in range(first, num_tokens))
+        packing, completing = _Packing(), 0
+        for chunk in plan.chunks:
+            packing.add(chunk, drafts.lengths[completing] if chunk.completes else 0, completing)
             completing += chunk.completes
-        input_ids = torch.tensor(ids, dtype=torch.long, device=device)
-        if draft_slots:
-            rows, columns = zip(*draft_from, strict=True)
-            input_ids[draft_slots] = draft_ids[list(rows), list(columns)]
-        logits = self._target.forward(segments, input_ids, wanted)
+        draft_ids = torch.as_tensor(drafts.ids, dtype=torch.long, device=device)
+        draft_ids = draft_ids.reshape(completing, draft_ids.shape[-1] if draft_ids.numel() else 0)
+        input_ids = torch.tensor(packing.ids, dtype=torch.long, device=device)
+        if packing.draft_slots:
+            rows, columns = zip(*packing.draft_from, strict=True)
+            input_ids[packing.draft_slots] = draft_ids[list(rows), list(columns)]
+        logits = self._target.forward(packing.segments, input_ids, packing.wanted)
         return logits, RowBatch(
-            seqs=tuple(plan.chunks[chunk].seq for chunk, _, _ in layout),
-            offsets=tuple(offset for _, offset, _ in layout),
-            draft_index=tuple(row for _, _, row in layout),
+            seqs=tuple(chunk.seq for chunk, _, _ in packing.owners),
+            offsets=tuple(offset for _, offset, _ in packing.owners),
+            draft_index=tuple(row for _, _, row in packing.owners),
             draft_ids=draft_ids,
         )

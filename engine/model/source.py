@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -74,16 +74,17 @@ def locate(source: ModelSource) -> Path | None:
 
 
 def fetch_config(source: ModelSource) -> Path | None:
-    """A place from which `read_config` can read, found without fetching weights; None when the hub alone knows and cannot be asked."""
+    """A place with config and, where there is one, tokenizer; no weights are fetched. None when the hub alone knows and cannot be asked."""
     place = locate(source)
     if place is not None:
         return place
     try:
-        return Path(hf_hub_download(source.source, CONFIG_FILE, revision=source.revision)).parent
+        folder = Path(snapshot_download(source.source, revision=source.revision, allow_patterns=["*.json"], ignore_patterns=UNWANTED_FILES))
     except (GatedRepoError, LocalEntryNotFoundError):  # exists as far as can be told from here
         return None
     except (HfHubHTTPError, HFValidationError) as error:
         raise _explained(source, error) from error
+    return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def default_cache_dir() -> Path:

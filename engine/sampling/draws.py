@@ -55,7 +55,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     weight, except in a row without any, which gives 0.
     """
     cdf = weights.cumsum(-1, dtype=torch.float64)
-    total = cdf[:, -1:]
+    total = cdf[:, -1:].contiguous()
     index = torch.searchsorted(cdf, u.unsqueeze(-1) * total, right=True)
     last = torch.searchsorted(cdf, total)  # the last token with a positive weight; u * total may round up to the total
     return torch.minimum(index, last).clamp_(max=weights.shape[-1] - 1).squeeze(-1)

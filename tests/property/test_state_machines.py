@@ -1,0 +1,148 @@
+"""Random operations on pool and scheduler; the invariants hold after each."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.draft.length import HeuristicLength
+from engine.kv.block_pool import BlockPool
+from engine.plan import StepPlan, Verdict
+from engine.request import Choice, Request, SamplingParams, SpeculationParams
+from engine.sched.scheduler import Limits, Scheduler
+from engine.sequence import Sequence
+from tests.unit.factories import make_drafts, make_sequence
+
+TOKENS = st.integers(0, 2)  # few, so that prefixes are shared
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Sequences grow, compute, publish, trim and share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: list[Sequence] = []
+
+    @initialize(num_blocks=st.integers(1, 12), block_size=st.integers(1, 4))
+    def make(self, num_blocks: int, block_size: int) -> None:
+        self.pool = BlockPool(num_blocks, block_size)
+
+    @rule(tokens=st.lists(TOKENS, min_size=1, max_size=12))
+    def start(self, tokens: list[int]) -> None:
+        seq = make_sequence(tuple(tokens))
+        hit = self.pool.match(seq)
+        assert len(hit) * self.pool.block_size < len(tokens)
+        self.pool.share(seq, hit)
+        seq.num_computed = len(hit) * self.pool.block_size
+        seq.num_published = len(hit)
+        self.live.append(seq)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), num=st.integers(0, 12))
+    def compute(self, data: st.DataObject, num: int) -> None:
+        seq = data.draw(st.sampled_from(self.live))
+        end = min(len(seq.tokens), seq.num_computed + num)
+        before = list(seq.block_table)
+        if self.pool.grow(seq, end):
+            seq.num_computed = end
+            self.pool.publish(seq)
+        else:
+            assert seq.block_table == before
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def stop(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(self.live))
+        self.live.remove(seq)
+        self.pool.trim(seq, 0)
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "pool"):
+            self.pool.check(self.live)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests are added, aborted, and stepped with random verdicts, a drafter that lags at random, and random stops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.emitted: dict[tuple[str, int], list[int]] = {}
+        self.limit: dict[tuple[str, int], int] = {}
+
+    @initialize(
+        num_blocks=st.integers(6, 24), block_size=st.integers(1, 4), max_sequences=st.integers(1, 5), budget=st.integers(1, 20)
+    )
+    def make(self, num_blocks: int, block_size: int, max_sequences: int, budget: int) -> None:
+        self.capacity = num_blocks * block_size
+        self.scheduler = Scheduler(BlockPool(num_blocks, block_size), Limits(max_sequences, budget), HeuristicLength(2, 5))
+        self.budget = budget
+
+    @rule(tokens=st.lists(TOKENS, min_size=1, max_size=14), max_tokens=st.integers(1, 8), n=st.integers(1, 3), enabled=st.booleans())
+    def add(self, tokens: list[int], max_tokens: int, n: int, enabled: bool) -> None:
+        if len(tokens) + max_tokens > self.capacity:
+            return
+        self.count += 1
+        request = Request(
+            id=f"r{self.count}",
+            prompt_ids=tuple(tokens),
+            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(2,)),
+            speculation=SpeculationParams(enabled=enabled),
+            choices=tuple(Choice(i) for i in range(n)),
+        )
+        self.scheduler.add(request)
+        for i in range(n):
+            self.emitted[request.id, i], self.limit[request.id, i] = [], max_tokens
+
+    @precondition(lambda self: self.limit)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.limit)))
+        assert self.scheduler.abort(*key) is not None
+        del self.limit[key]
+        assert self.scheduler.abort(*key) is None
+
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        oldest = self.scheduler.running[:1]
+        plan = self.scheduler.schedule()
+        assert sum(c.num_tokens + c.max_draft for c in plan.chunks) <= self.budget
+        assert not oldest or plan.chunks[0].seq is oldest[0], "the oldest comes first"
+        assert bool(plan.chunks) == self.scheduler.has_work, "there is work, and nobody may run"
+        for chunk in plan.chunks:
+            assert chunk.num_tokens >= 1
+            assert chunk.max_draft == 0 or (chunk.completes and chunk.seq.request.speculation.enabled)
+        lagging = [c.completes and data.draw(st.booleans()) for c in plan.chunks]
+        lengths = [data.draw(st.integers(0, c.max_draft)) for c, lag in zip(plan.chunks, lagging, strict=True) if c.completes and not lag]
+        plan = plan.held_back(lagging)
+        ends = [c.seq.num_computed + c.num_tokens for c in plan.chunks]
+        marks = [data.draw(st.integers(c.seq.drafter_computed, end)) for c, end in zip(plan.chunks, ends, strict=True)]
+        self._commit(data, plan, lengths, marks)
+
+    def _commit(self, data: st.DataObject, plan: StepPlan, lengths: list[int], marks: list[int]) -> None:
+        accepted = [data.draw(st.integers(0, n)) for n in lengths]
+        ids = tuple(tuple(data.draw(TOKENS) for _ in range(m + 1)) for m in accepted)
+        verdict = Verdict(ids, tuple(accepted), (0,) * len(ids), (0,) * len(ids))
+        for delta in self.scheduler.commit(plan, make_drafts(plan, lengths, marks), verdict):
+            key = delta.request_id, delta.choice
+            self.emitted[key] += delta.token_ids
+            assert len(self.emitted[key]) <= self.limit[key]
+            assert 2 not in self.emitted[key][:-1], "nothing is emitted behind a stop token"
+            is_over = self.emitted[key][-1] == 2 or len(self.emitted[key]) == self.limit[key]
+            assert (delta.finish_reason is not None) == is_over
+            if is_over:
+                del self.limit[key]
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+            assert {(s.request.id, s.choice.index) for s in (*self.scheduler.running, *self.scheduler.waiting)} == set(self.limit)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

@@ -1,0 +1,128 @@
+"""The oracles: the naive way to make an answer, against which every option of the engine is held, token for token.
+
+No cache, no batch, no window, no paging: the model's own forward over the whole text so far, for every token. Numbers and
+distributions are written a second time here, in plain Python, so that a mistake in the engine's does not hide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from engine.request import Request, SamplingParams
+
+Row = tuple[float, ...]
+KeepSet = Callable[[Row, Row], list[bool]]
+DRAFT, ACCEPT, RECOVER = 1, 2, 3
+
+KEEPS: Mapping[str, KeepSet] = {
+    "exact": lambda q, p: [False] * len(p),
+    "keep_none": lambda q, p: [False] * len(p),
+    "keep_all": lambda q, p: [True] * len(p),
+    "likely": lambda q, p: [x >= 0.5 * max(p) for x in p],
+    "confident": lambda q, p: [max(q) >= 0.3] * len(p),
+}
+NEEDS_Q = {"keep_all", "confident"}
+
+
+class NaiveModel:
+    """A transformers model, asked for one next-token row at a time."""
+
+    def __init__(self, model: Any, context: int = 10**9):
+        self.context = context  # the longest text that it can give a row for
+        self._rows: Callable[[tuple[int, ...]], Row] = lru_cache(maxsize=None)(lambda tokens: self._logits(model, tokens))
+
+    def logits(self, tokens: list[int]) -> Row:
+        return self._rows(tuple(tokens))
+
+    @staticmethod
+    @torch.inference_mode()
+    def _logits(model: Any, tokens: tuple[int, ...]) -> Row:
+        return tuple(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].tolist())
+
+
+def softmax(logits: Row, temperature: float = 1.0) -> Row:
+    return tuple(torch.softmax(torch.tensor(logits, dtype=torch.float64) / temperature, 0).tolist())
+
+
+def processed(logits: Row, sampling: SamplingParams) -> Row:
+    """Temperature, top-k, top-p, min-p, the slow way."""
+    if sampling.temperature == 0:
+        best = max(range(len(logits)), key=lambda i: logits[i])
+        return tuple(float(i == best) for i in range(len(logits)))
+    probs = list(softmax(logits, sampling.temperature))
+    ranked = sorted(probs, reverse=True)
+    threshold = sampling.min_p * ranked[0]
+    if sampling.top_k:
+        threshold = max(threshold, ranked[min(sampling.top_k, len(ranked)) - 1])
+        ranked = ranked[: sampling.top_k]
+    if sampling.top_p < 1:
+        mass, goal = 0.0, sampling.top_p * sum(ranked)
+        for x in ranked:
+            mass += x
+            if mass >= goal:
+                threshold = max(threshold, x)
+                break
+    kept = [x if x >= threshold else 0.0 for x in probs]
+    return tuple(x / sum(kept) for x in kept)
+
+
+def uniform(seed: int, choice: int, position: int, purpose: int) -> float:
+    """SplitMix64 over (seed, choice) and (position, purpose), in Python's integers."""
+    mask = (1 << 64) - 1
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return x ^ (x >> 31)
+
+    key = int.from_bytes(hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest(), "little")
+    gamma = 0x9E3779B97F4A7C15
+    return (mix(key ^ mix(((position * 4 + purpose) * gamma + gamma) & mask)) >> 11) / 2**53
+
+
+def draw(weights: list[float] | Row, u: float) -> int:
+    goal, total = u * sum(weights), 0.0
+    for i, w in enumerate(weights):
+        total += w
+        if goal < total:
+            return i
+    return max(i for i, w in enumerate(weights) if w > 0)
+
+
+def answer(request: Request, target: NaiveModel, drafter: NaiveModel | None = None, choice: int = 0) -> tuple[int, ...]:
+    """What choice `choice` of a request must be: every position drafted, accepted or recovered by itself."""
+    sampling, speculation = request.sampling, request.speculation
+    tokens = list(request.prompt_ids)
+    for position in range(len(tokens), len(tokens) + sampling.max_tokens):
+        u = [uniform(sampling.seed, choice, position, purpose) for purpose in (DRAFT, ACCEPT, RECOVER)]
+        p = processed(target.logits(tokens), sampling)
+        if drafter is None or not speculation.enabled or position > drafter.context:
+            token = draw(p, u[2])
+        else:
+            q, raw_q = processed(drafter.logits(tokens), sampling), softmax(drafter.logits(tokens))
+            keep = KEEPS[speculation.rule](raw_q, softmax(target.logits(tokens)))
+            eta = max(0.0, 1 - sum(a for a, k in zip(q, keep, strict=True) if k))
+            pi = [a * k + eta * b for a, b, k in zip(q, p, keep, strict=True)]
+            token = draw(q, u[0])
+            if u[1] * q[token] >= pi[token]:
+                token = draw([max(0.0, b - a) for a, b in zip(q, pi, strict=True)], u[2])
+        tokens.append(token)
+        if token in sampling.stop_token_ids:
+            break
+    return tuple(tokens[len(request.prompt_ids) :])
+
+
+def model_alone(request: Request, model: NaiveModel, purpose: int, choice: int = 0) -> tuple[int, ...]:
+    """Plain sampling from one model, with the numbers of one purpose."""
+    tokens = list(request.prompt_ids)
+    for position in range(len(tokens), len(tokens) + request.sampling.max_tokens):
+        row = processed(model.logits(tokens), request.sampling)
+        tokens.append(draw(row, uniform(request.sampling.seed, choice, position, purpose)))
+        if tokens[-1] in request.sampling.stop_token_ids:
+            break
+    return tuple(tokens[len(request.prompt_ids) :])

@@ -1,0 +1,203 @@
+"""Tiny random models in float64, engines over them, and a driver that checks the bookkeeping after every step."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ByteSize
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.build import Extras, Member, assemble
+from engine.config import (
+    DrafterConfig,
+    EngineConfig,
+    FixedLengthConfig,
+    LengthConfig,
+    ModelDrafterConfig,
+    ModelPair,
+    ModelSource,
+    NGramDrafterConfig,
+    NoDrafterConfig,
+    RuntimeConfig,
+    SpeculationConfig,
+)
+from engine.core import EngineCore
+from engine.model.paged import kv_bytes_per_token
+from engine.model.stack import DecoderStack
+from engine.plan import RawRows, Rule
+from engine.request import Request, Round
+from engine.stats import StepStats
+from engine.verify.rules import RULES
+from tests.reference import NaiveModel
+
+VOCAB = 24
+
+
+@cache
+def target_model(dtype: torch.dtype = torch.float64) -> Any:
+    """A random Llama whose rows are far from uniform."""
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        attn_implementation="sdpa",
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+@cache
+def drafter_model(dtype: torch.dtype = torch.float64) -> Any:
+    """The target with noise on every weight: it agrees often, and not always."""
+    model = copy.deepcopy(target_model(dtype))
+    generator = torch.Generator().manual_seed(12)
+    for weight in model.parameters():
+        weight += 0.05 * torch.randn(weight.shape, generator=generator, dtype=dtype)
+    return model
+
+
+@cache
+def naive_target() -> NaiveModel:
+    return NaiveModel(target_model())
+
+
+@cache
+def naive_drafter(context: int = 10**9) -> NaiveModel:
+    return NaiveModel(drafter_model(), context)
+
+
+class KeepNone:
+    """A test rule that keeps nothing, and does not say so beforehand: pi = p, computed the long way."""
+
+    needs_q = False
+    is_lossless = False
+
+    def keep(self, raw: RawRows, alpha: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(raw.p, dtype=torch.bool)
+
+
+class KeepAll:
+    """Never defers: the drafter alone writes."""
+
+    needs_q = True
+    is_lossless = False
+
+    def keep(self, raw: RawRows, alpha: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(alpha, dtype=torch.bool)
+
+
+class Likely:
+    """A token rule: keeps what the target finds half as likely as its favourite."""
+
+    needs_q = False
+    is_lossless = False
+
+    def keep(self, raw: RawRows, alpha: torch.Tensor) -> torch.Tensor:
+        return raw.p >= 0.5 * raw.p.amax(-1, keepdim=True)
+
+
+class Confident:
+    """A position rule: keeps all where the drafter is confident, nothing elsewhere."""
+
+    needs_q = True
+    is_lossless = False
+
+    def keep(self, raw: RawRows, alpha: torch.Tensor) -> torch.Tensor:
+        return raw.q.amax(-1, keepdim=True) >= 0.3
+
+
+TEST_RULES: dict[str, Rule] = {
+    **RULES,
+    "keep_none": KeepNone(),
+    "keep_all": KeepAll(),
+    "likely": Likely(),
+    "confident": Confident(),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One configuration of the engine under test."""
+
+    drafter: str = "model"  # none, ngram, model
+    drafter_context: int = 10**9
+    policy: LengthConfig = field(default_factory=lambda: FixedLengthConfig(max=4))
+    num_blocks: int = 64
+    block_size: int = 4
+    max_step_tokens: int = 32
+    max_drafter_tokens: int | None = None
+    max_sequences: int = 8
+
+
+_DRAFTERS: dict[str, DrafterConfig] = {
+    "none": NoDrafterConfig(),
+    "ngram": NGramDrafterConfig(),
+    "model": ModelDrafterConfig(source="drafter"),
+}
+
+
+def make_core(setup: Setup) -> EngineCore:
+    """An engine over the tiny models."""
+    # the paged attention is set on a shallow copy's config, so that the naive model keeps its own
+    target = Member(DecoderStack(copy.deepcopy(target_model())), 64, Path("target"))
+    drafter = None
+    if setup.drafter == "model":
+        drafter = Member(DecoderStack(copy.deepcopy(drafter_model())), min(64, setup.drafter_context), Path("drafter"))
+    bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
+    config = EngineConfig(
+        model=ModelPair(name="tiny", target=ModelSource(source="target"), drafter=_DRAFTERS[setup.drafter]),
+        speculation=SpeculationConfig(draft_length=setup.policy),
+        engine=RuntimeConfig(
+            device="cpu",
+            max_sequences=setup.max_sequences,
+            max_step_tokens=setup.max_step_tokens,
+            max_drafter_tokens=setup.max_drafter_tokens,
+            block_size=setup.block_size,
+            kv_cache=ByteSize(bytes_per_token * setup.block_size * setup.num_blocks),
+        ),
+    )
+    return assemble(config, target, drafter, Extras(rules=TEST_RULES))
+
+
+@dataclass
+class Outcome:
+    """What an engine made of some requests."""
+
+    tokens: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=lambda: defaultdict(tuple))
+    rounds: list[Round] = field(default_factory=list)
+    steps: list[StepStats] = field(default_factory=list)
+
+
+def drive(core: EngineCore, requests: Iterable[Request], max_steps: int = 3000) -> Outcome:
+    """Run requests to their end; after every step the bookkeeping is checked, and that the oldest sequence advanced."""
+    outcome = Outcome()
+    for request in requests:
+        core.add(request)
+    scheduler = core._parts.scheduler
+    while core.has_work:
+        oldest = [(seq, seq.num_computed + seq.drafter_computed) for seq in scheduler.running[:1]]
+        output = core.step()
+        core.check()
+        outcome.steps.append(output.stats)
+        assert len(outcome.steps) < max_steps, "no progress"
+        for delta in output.deltas:
+            outcome.tokens[delta.request_id, delta.choice] += delta.token_ids
+            if delta.round:
+                outcome.rounds.append(delta.round)
+        for seq, work in oldest:
+            assert not scheduler.holds(seq) or seq.num_computed + seq.drafter_computed > work, "the oldest did not advance"
+    assert scheduler.pool.num_used == 0
+    return outcome

@@ -1,0 +1,61 @@
+"""Requests for the tests of equal text: shared prefixes, every rule, both temperatures, truncation, stop tokens, `enabled: false`."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+from engine.request import Request, SamplingParams, SpeculationParams
+from tests.tiny import VOCAB
+
+_rng = random.Random(7)
+HEAD = tuple(_rng.randrange(VOCAB) for _ in range(9))
+SAMPLING = (
+    SamplingParams(max_tokens=1, temperature=0.0),
+    SamplingParams(max_tokens=1, temperature=1.0),
+    SamplingParams(max_tokens=1, temperature=0.7, top_k=5, top_p=0.9),
+    SamplingParams(max_tokens=1, temperature=1.3, min_p=0.1),
+)
+RULES = ("exact", "keep_none", "keep_all", "likely", "confident")
+
+
+def prompt(i: int) -> tuple[int, ...]:
+    """A prompt of 6 to 13 tokens; all share a head, some share more than a block."""
+    rng = random.Random(i)
+    return HEAD[: 5 + i % 5] + tuple(rng.randrange(VOCAB) for _ in range(1 + i % 4))
+
+
+def greedy(num: int) -> list[Request]:
+    """Greedy exact requests, unseeded; every third is `enabled: false`, every fourth can stop early."""
+    return [
+        Request(
+            id=f"r{i}",
+            prompt_ids=prompt(i),
+            sampling=SamplingParams(max_tokens=6 + i % 7, temperature=0.0, stop_token_ids=(3, 5) if i % 4 == 3 else ()),
+            speculation=SpeculationParams(enabled=i % 3 != 2),
+        )
+        for i in range(num)
+    ]
+
+
+def seeded() -> list[Request]:
+    """Every rule with every way of sampling, and speculation switched off, all seeded."""
+    kinds = [*((rule, True) for rule in RULES), ("exact", False)]
+    return [
+        Request(
+            id=f"s{i}",
+            prompt_ids=prompt(i),
+            sampling=SamplingParams(
+                max_tokens=6 + i % 8,
+                temperature=base.temperature,
+                top_k=base.top_k,
+                top_p=base.top_p,
+                min_p=base.min_p,
+                seed=i // 3 - 2,
+                is_seeded=True,
+                stop_token_ids=(7,) if i % 5 == 4 else (),
+            ),
+            speculation=SpeculationParams(rule=rule, enabled=enabled, max_draft=2 if i % 7 == 6 else None),
+        )
+        for i, ((rule, enabled), base) in enumerate(itertools.product(kinds, SAMPLING))
+    ]

@@ -1,0 +1,253 @@
+"""Exact laws of the Verifier, without sampling noise, then a sampled check through the whole engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import FixedLengthConfig
+from engine.plan import DraftBatch, QKind, RowBatch, Rows
+from engine.request import Choice, Request, SamplingParams, SpeculationParams
+from engine.sequence import Sequence
+from engine.verify.verifier import Verifier, _Mixture, _Window
+from tests.reference import KEEPS, NEEDS_Q, Row, answer, processed, softmax
+from tests.tiny import TEST_RULES, Setup, drive, make_core, naive_drafter, naive_target
+
+RULES = tuple(KEEPS)
+
+
+def sequence(rule: str, seed: int = 0) -> Sequence:
+    sampling = SamplingParams(max_tokens=9, seed=seed)
+    return Sequence(Request(id=f"x{seed}", prompt_ids=(0,), sampling=sampling, speculation=SpeculationParams(rule=rule)), Choice())
+
+
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    if temperature:
+        return torch.softmax(logits / temperature, -1)
+    return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+
+
+def expected_pi(rule: str, q: Row, p: Row, raw_q: Row | None, raw_p: Row) -> Row:
+    """pi of one position, written out. `raw_q` None: the drafter has no probabilities, and q is one-hot."""
+    if raw_q is None and rule in NEEDS_Q:
+        return p
+    keep = [k and x > 0 for k, x in zip(KEEPS[rule](raw_q or q, raw_p), raw_p, strict=True)]
+    eta = max(0.0, 1 - sum(a for a, k in zip(q, keep, strict=True) if k))
+    return tuple(a * k + eta * b for a, b, k in zip(q, p, keep, strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "one-hot"])
+def test_accept_or_recover_has_exactly_the_law_pi(rule: str, is_dense: bool) -> None:
+    """q * min(1, pi / q) + lost * residual == pi to 1e-12, for every rule, temperature and mask."""
+    generator, vocab, num = torch.Generator().manual_seed(5), 7, 200
+    for temperature, is_masked in itertools.product((0.0, 0.5, 1.0), (False, True)):
+        q_logits, p_logits = (3 * torch.randn(num, vocab, generator=generator, dtype=torch.float64) for _ in range(2))
+        allowed = None
+        if is_masked:  # both models are masked, as every hard mask is
+            allowed = torch.rand(num, vocab, generator=generator) < 0.6
+            allowed[:, 2] = True
+            q_logits, p_logits = (x.masked_fill(~allowed, -torch.inf) for x in (q_logits, p_logits))
+        p = Rows(at_temperature(p_logits, temperature), p_logits, allowed)
+        drafted = torch.randint(vocab, (num,), generator=generator)
+        q = at_temperature(q_logits, temperature) if is_dense else torch.nn.functional.one_hot(drafted, vocab).double()
+        got_at, residual, full = _pieces(rule, Rows(q, q_logits, None) if is_dense else None, p, drafted, vocab)
+        for i in range(num):
+            raw_q = softmax(tuple(q_logits[i].tolist())) if is_dense else None
+            pi = expected_pi(rule, _row(q[i]), _row(p.probs[i]), raw_q, softmax(_row(p_logits[i])))
+            want = torch.tensor(pi, dtype=torch.float64)
+            torch.testing.assert_close(got_at[i], want, rtol=0, atol=1e-12)
+            torch.testing.assert_close(full[i], want, rtol=0, atol=1e-12)
+            kept = torch.minimum(q[i], got_at[i])  # q * min(1, pi / q)
+            law = kept + (1 - kept.sum()) * residual[i] / residual[i].sum()
+            torch.testing.assert_close(law, want, rtol=0, atol=1e-12)
+
+
+def _row(x: Tensor) -> Row:
+    return tuple(x.tolist())
+
+
+def _pieces(rule: str, q: Rows | None, p: Rows, drafted: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """pi at every token, residual and full rows of num windows of one draft each (bonus rows are left out)."""
+    num, kind = len(drafted), QKind.DENSE if q is not None else QKind.ONE_HOT
+    doubled = Rows(*(None if x is None else x.repeat_interleave(2, 0) for x in (p.probs, p.logits, p.allowed)))  # type: ignore[arg-type]
+    wide = None if q is None else Rows(*(x.unsqueeze(1).repeat(1, 2, 1) for x in (q.probs, q.logits)), allowed=None)
+    batch = DraftBatch((1,) * num, drafted.unsqueeze(1), [[kind, QKind.NONE]] * num, wide, (0,) * num, (False,) * num, (0,) * num)
+    seq = sequence(rule)
+    rows = RowBatch((seq,) * 2 * num, (0, 1) * num, tuple(i // 2 for i in range(2 * num)), drafted.unsqueeze(1))
+    window = _Window(batch, doubled, rows)
+    mixture = _Mixture(window, Verifier(TEST_RULES)._keep_sets(window), keeps_any=True)
+    first = torch.arange(num) * 2
+    at = torch.stack([mixture.at(first, torch.full((num,), x)) for x in range(vocab)], -1)
+    return at, mixture.residual(first), mixture.full(first)
+
+
+# ---------------------------------------------------------------- every draft of two tokens over three words
+@cache
+def table(salt: int, prefix: tuple[int, ...]) -> Row:
+    """Logits of a table language model."""
+    generator = torch.Generator().manual_seed(hash((salt, *prefix)) % 10_000)
+    return _row(1.5 * torch.randn(3, generator=generator, dtype=torch.float64))
+
+
+@dataclass
+class Cases:
+    """Windows of two drafts with chosen numbers, each with its weight; all are verified as one batch."""
+
+    drafts: list[tuple[int, int]] = field(default_factory=list)
+    numbers: list[dict[tuple[int, int], float]] = field(default_factory=list)  # (offset, purpose) -> number
+    weights: list[float] = field(default_factory=list)
+
+
+def cells(weights: list[float]) -> Iterator[tuple[float, float]]:
+    """For an inverse CDF: a number in the middle of every token's interval, and the interval's length."""
+    total, low = sum(weights), 0.0
+    for w in weights:
+        if w > 0:
+            yield low + w / total / 2, w / total
+        low += w / total
+
+
+def enumerate_cases(rule: str, temperature: float) -> Cases:
+    """Split the space of numbers at the thresholds that the formulas name, one case for each cell."""
+    cases, sampling = Cases(), SamplingParams(max_tokens=9, temperature=temperature)
+
+    def rows(prefix: tuple[int, ...]) -> tuple[Row, Row, Row]:
+        q, p = (processed(table(salt, prefix), sampling) for salt in (1, 2))
+        return q, p, expected_pi(rule, q, p, softmax(table(1, prefix)), softmax(table(2, prefix)))
+
+    def walk(prefix: tuple[int, ...], numbers: dict[tuple[int, int], float], weight: float) -> None:
+        offset = len(prefix)
+        q, _, pi = rows(prefix)
+        for x, (u, mass) in zip([i for i in range(3) if q[i] > 0], cells(list(q)), strict=True):
+            threshold = min(1.0, pi[x] / q[x])
+            here = {**numbers, (offset, 1): u}
+            if threshold > 1e-12:
+                accepted = {**here, (offset, 2): threshold / 2, (offset, 3): 0.5}
+                if offset == 2:
+                    close((*prefix, x), accepted, weight * mass * threshold)
+                else:
+                    walk((*prefix, x), accepted, weight * mass * threshold)
+            if threshold < 1 - 1e-12:
+                for v, share in cells([max(0.0, b - a) for a, b in zip(q, pi, strict=True)]):
+                    rejected = {**here, (offset, 2): (1 + threshold) / 2, (offset, 3): v}
+                    close((*prefix, x), rejected, weight * mass * (1 - threshold) * share)
+
+    def close(drawn: tuple[int, ...], numbers: dict[tuple[int, int], float], weight: float) -> None:
+        cases.drafts.append(((*drawn, 0, 0)[0], (*drawn, 0, 0)[1]))  # what lies behind a rejection does not matter
+        cases.numbers.append(numbers)
+        cases.weights.append(weight)
+
+    walk((), {}, 1.0)
+    return cases
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_all_drafts_of_two_tokens_enumerated(rule: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The law of what a whole round emits is the product of the pi's."""
+    cases = enumerate_cases(rule, temperature)
+    assert sum(cases.weights) == pytest.approx(1, abs=1e-9)
+    seqs = [sequence(rule, seed) for seed in range(len(cases.drafts))]
+    by_key = {seq.key: numbers for seq, numbers in zip(seqs, cases.numbers, strict=True)}
+
+    def scripted(keys: Tensor, positions: Tensor, purpose: Any) -> Tensor:
+        places = zip(keys.tolist(), positions.tolist(), strict=True)
+        return torch.tensor([by_key[key].get((position - 1, int(purpose)), 0.5) for key, position in places], dtype=torch.float64)
+
+    monkeypatch.setattr("engine.verify.verifier.uniforms", scripted)
+    emitted = _verify_tables(cases, seqs, temperature)
+    law: dict[tuple[int, ...], float] = defaultdict(float)
+    for tokens, weight in zip(emitted, cases.weights, strict=True):
+        law[tokens] += weight
+    sampling = SamplingParams(max_tokens=9, temperature=temperature)
+    for text in itertools.product(range(3), repeat=3):
+        want, got = 1.0, 0.0
+        for i in range(4):
+            got += law[text[:i]] * _mass(rule, sampling, text, i)
+        for i in range(3):
+            want *= _pi(rule, sampling, text[:i])[text[i]]
+        assert got == pytest.approx(want, abs=1e-9)
+
+
+def _pi(rule: str, sampling: SamplingParams, prefix: tuple[int, ...]) -> Row:
+    q, p = (processed(table(salt, prefix), sampling) for salt in (1, 2))
+    return expected_pi(rule, q, p, softmax(table(1, prefix)), softmax(table(2, prefix)))
+
+
+def _mass(rule: str, sampling: SamplingParams, text: tuple[int, ...], start: int) -> float:
+    """Probability that later rounds complete text[:start] to text."""
+    mass = 1.0
+    for i in range(start, 3):
+        mass *= _pi(rule, sampling, text[:i])[text[i]]
+    return mass
+
+
+def _verify_tables(cases: Cases, seqs: list[Sequence], temperature: float) -> list[tuple[int, ...]]:
+    num = len(cases.drafts)
+    logits = {salt: torch.tensor([[table(salt, d[:j]) for j in range(3)] for d in cases.drafts], dtype=torch.float64) for salt in (1, 2)}
+    q, p = (at_temperature(logits[salt], temperature) for salt in (1, 2))
+    ids = torch.tensor(cases.drafts)
+    batch = DraftBatch((2,) * num, ids, [[QKind.DENSE] * 3] * num, Rows(q, logits[1], None), (0,) * num, (False,) * num, (0,) * num)
+    rows = RowBatch(tuple(s for s in seqs for _ in range(3)), (0, 1, 2) * num, tuple(i // 3 for i in range(3 * num)), ids)
+    verdict = Verifier(TEST_RULES).verify(batch, Rows(p.flatten(0, 1), logits[2].flatten(0, 1), None), rows)
+    return list(verdict.token_ids)
+
+
+def test_counts_of_deferred_and_lossy_kept_drafts() -> None:
+    """Deferred: verified and not in A. Lossy-kept: stands under the rule, and the same coin would have rejected it under exact."""
+    q_logits = torch.log(torch.tensor([[[0.9, 0.05, 0.05]] * 3], dtype=torch.float64))
+    p_logits = torch.log(torch.tensor([[0.001, 0.5, 0.499]] * 3, dtype=torch.float64))
+    ids = torch.tensor([[0, 0]])
+    batch = DraftBatch((2,), ids, [[QKind.DENSE] * 3], Rows(q_logits.exp(), q_logits, None), (0,), (False,), (0,))
+    p = Rows(p_logits.exp(), p_logits, None)
+    for rule, accepted, deferred, lossy in (("exact", 0, 0b1, 0), ("keep_none", 0, 0b1, 0), ("keep_all", 2, 0, 0b11)):
+        rows = RowBatch((sequence(rule),) * 3, (0, 1, 2), (0, 0, 0), ids)
+        verdict = Verifier(TEST_RULES).verify(batch, p, rows)
+        assert (verdict.num_accepted, verdict.deferred_masks, verdict.lossy_masks) == ((accepted,), (deferred,), (lossy,)), rule
+
+
+# ---------------------------------------------------------------- sampled, through the whole engine
+@pytest.mark.parametrize("is_seeded", [True, False])
+@pytest.mark.parametrize(("drafter", "rule"), [("model", "exact"), ("model", "likely"), ("ngram", "exact"), ("none", "exact")])
+def test_sampled_law_of_two_tokens(drafter: str, rule: str, is_seeded: bool) -> None:
+    """Chi-square of two tokens over many choices against the exact product of pi's; also shows that the numbers are independent."""
+    num, head = 6000, (1, 2, 3, 1, 2)
+    sampling = SamplingParams(max_tokens=2, temperature=1.0, top_k=4, seed=1, is_seeded=is_seeded)
+    speculation = SpeculationParams(rule=rule)
+    core = make_core(Setup(drafter=drafter, policy=FixedLengthConfig(max=1), num_blocks=1500, max_sequences=300, max_step_tokens=3000))
+    seen: Counter[tuple[int, ...]] = Counter()
+    for first in range(0, num, 300):
+        choices = tuple(Choice(i) for i in range(first, first + 300))
+        request = Request(id="x", prompt_ids=head, sampling=sampling, speculation=speculation, choices=choices)
+        seen.update(drive(core, [request]).tokens.values())
+
+    def pi(text: tuple[int, ...]) -> Row:
+        p = processed(naive_target().logits(list(text)), sampling)
+        if drafter != "model":
+            return p
+        q_logits, p_logits = (m.logits(list(text)) for m in (naive_drafter(), naive_target()))
+        return expected_pi(rule, processed(q_logits, sampling), p, softmax(q_logits), softmax(p_logits))
+
+    first_row = pi(head)
+    expected = {(x, y): num * a * b for x, a in enumerate(first_row) if a for y, b in enumerate(pi((*head, x))) if b}
+    assert seen.keys() <= expected.keys()
+    rare = {xy for xy, e in expected.items() if e < 5}
+    chi2 = sum((seen[xy] - e) ** 2 / e for xy, e in expected.items() if xy not in rare)
+    freedom = len(expected) - len(rare)
+    assert freedom >= 4
+    assert chi2 < freedom + 4.5 * (2 * freedom) ** 0.5  # exceeded by chance about once in 100,000
+
+
+def test_the_oracle_itself_is_seeded_by_choice() -> None:
+    request = Request(id="x", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=8, seed=4, is_seeded=True))
+    texts = {answer(request, naive_target(), naive_drafter(), choice=i) for i in range(4)}
+    assert len(texts) == 4

@@ -1,0 +1,113 @@
+"""The promise: a seeded request has the same text alone, in any batch, at any draft length, load or pool, after preemption and restart."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from engine.config import FixedLengthConfig, HeuristicLengthConfig, LengthConfig
+from engine.request import Choice, Request, SamplingParams, SpeculationParams
+from tests.reference import DRAFT, RECOVER, NaiveModel, answer, model_alone
+from tests.tiny import Setup, drive, make_core, naive_drafter, naive_target
+from tests.verify.requests import prompt, seeded
+
+POLICIES: tuple[LengthConfig, ...] = (
+    FixedLengthConfig(max=0),
+    FixedLengthConfig(max=1),
+    FixedLengthConfig(max=4),
+    HeuristicLengthConfig(start=3, max=6),
+)
+SETUPS = {
+    "model": Setup(drafter="model"),
+    "model, short context": Setup(drafter="model", drafter_context=12),
+    "model, lagging": Setup(drafter="model", max_drafter_tokens=3),
+    "ngram": Setup(drafter="ngram"),
+    "none": Setup(drafter="none"),
+}
+
+
+def drafter_of(setup: Setup) -> NaiveModel | None:
+    return naive_drafter(setup.drafter_context) if setup.drafter == "model" else None
+
+
+def promised(setup: Setup) -> list[Request]:
+    """A token rule over drafts without probabilities has a law that depends on the draft: its text is not promised."""
+    return [r for r in seeded() if setup.drafter == "model" or r.speculation.rule != "likely"]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.policy}-{p.max}")
+@pytest.mark.parametrize("name", SETUPS)
+def test_same_text_at_any_length_budget_and_pool(name: str, policy: LengthConfig) -> None:
+    requests = promised(SETUPS[name])
+    want = {(r.id, 0): answer(r, naive_target(), drafter_of(SETUPS[name])) for r in requests}
+    for (num_blocks, block_size), budget, max_sequences in itertools.product(((13, 2), (7, 4), (200, 4)), (3, 7, 64), (1, 8)):
+        setup = replace(
+            SETUPS[name],
+            policy=policy,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_step_tokens=budget,
+            max_sequences=max_sequences,
+        )
+        got = drive(make_core(setup), requests).tokens
+        assert got == want, (setup, [k for k in want if got[k] != want[k]])
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_alone_is_the_same_as_in_a_batch(name: str) -> None:
+    core = make_core(SETUPS[name])
+    for request in promised(SETUPS[name]):
+        got = drive(core, [request]).tokens
+        assert got == {(request.id, 0): answer(request, naive_target(), drafter_of(SETUPS[name]))}
+
+
+def test_a_restart_continues_with_the_same_text() -> None:
+    neighbours = seeded()[:3]
+    for request in seeded():
+        want = answer(request, naive_target(), naive_drafter())
+        for cut in range(1, len(want), 3):
+            rest = msgspec.structs.replace(request, id="rest", choices=(Choice(0, want[:cut]),))
+            got = drive(make_core(Setup(num_blocks=13)), [*neighbours, rest]).tokens
+            assert got["rest", 0] == want[cut:]
+
+
+def test_choices_have_their_own_numbers_and_share_the_prompt() -> None:
+    sampling = SamplingParams(max_tokens=9, temperature=1.0, seed=3, is_seeded=True)
+    request = Request(id="x", prompt_ids=prompt(4), sampling=sampling, choices=tuple(Choice(i) for i in range(5)))
+    outcome = drive(make_core(Setup()), [request])
+    assert outcome.tokens == {(request.id, i): answer(request, naive_target(), naive_drafter(), choice=i) for i in range(5)}
+    assert len(set(outcome.tokens.values())) > 1
+    shared = (len(request.prompt_ids) - 1) // 4 * 4
+    assert shared == 8
+    assert sum(s.num_prefix_hit_tokens for s in outcome.steps) == 4 * shared, "four siblings reuse the first one's blocks"
+
+
+def test_a_rule_that_never_defers_is_the_drafter_alone() -> None:
+    """Only with a bonus token that is one more draft: else every K+1-th token would be the target's."""
+    requests = [msgspec.structs.replace(r, speculation=SpeculationParams(rule="keep_all")) for r in seeded()]
+    want = {(r.id, 0): model_alone(r, naive_drafter(), DRAFT) for r in requests}
+    for policy in POLICIES:
+        assert drive(make_core(Setup(policy=policy)), requests).tokens == want
+
+
+def test_speculation_off_is_the_target_alone() -> None:
+    requests = [msgspec.structs.replace(r, speculation=SpeculationParams(enabled=False)) for r in seeded()]
+    want = {(r.id, 0): model_alone(r, naive_target(), RECOVER) for r in requests}
+    for setup in SETUPS.values():
+        outcome = drive(make_core(setup), requests)
+        assert outcome.tokens == want
+        assert not outcome.rounds
+
+
+def test_length_zero_is_no_drafter_for_unseeded_requests() -> None:
+    requests = [
+        msgspec.structs.replace(
+            r, sampling=msgspec.structs.replace(r.sampling, is_seeded=False), speculation=SpeculationParams(rule="exact")
+        )
+        for r in seeded()
+    ]
+    without = drive(make_core(Setup(drafter="none")), requests).tokens
+    assert drive(make_core(Setup(policy=FixedLengthConfig(max=0))), requests).tokens == without
