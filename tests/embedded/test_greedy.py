@@ -1,0 +1,86 @@
+"""Greedy text of the embedded model equals that of transformers' own generate, with every drafter."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence as ListLike
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ByteSize
+
+from engine.build import Member, assemble
+from engine.config import DrafterConfig, EngineConfig, ModelDrafterConfig, ModelPair, NGramDrafterConfig, NoDrafterConfig, RuntimeConfig
+from engine.request import Request, SamplingParams
+from server.text import TextTokenizer
+from tests.embedded.conftest import SOURCE
+from tests.tiny import drive
+
+pytestmark = [pytest.mark.embedded, pytest.mark.timeout(600)]
+
+PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "spec_bench_dev.jsonl"
+NUM_PROMPTS, NUM_TOKENS, LONGEST = 20, 32, 300
+DRAFTERS: dict[str, DrafterConfig] = {
+    "none": NoDrafterConfig(),
+    "ngram": NGramDrafterConfig(),
+    "model": ModelDrafterConfig(source="the target's first layers"),
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(model_path: Path) -> list[tuple[int, ...]]:
+    """Chat prompts of Spec-Bench, from all its categories, short enough for a test."""
+    if not PROMPTS.exists():
+        pytest.skip(f"needs {PROMPTS.name} of the benchmark data")
+    tokenizer = TextTokenizer.from_folder(model_path)
+    found: list[tuple[int, ...]] = []
+    for line in PROMPTS.read_text("utf-8").splitlines()[::5]:
+        messages = [{"role": "user", "content": json.loads(line)["turns"][0]}]
+        ids = tuple(tokenizer.encode_chat(messages))
+        if len(ids) <= LONGEST:
+            found.append(ids)
+    assert len(found) >= NUM_PROMPTS
+    return found[:NUM_PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def expected(own_model: Any, prompts: ListLike[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    texts = []
+    for ids in prompts:
+        row = torch.tensor([ids])
+        out = own_model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=2)
+        texts.append(tuple(out[0, len(ids) :].tolist()))
+    return texts
+
+
+def truncated(model: Any, num_layers: int) -> Any:
+    """The model's first layers as a drafter: right often enough, and often wrong."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = num_layers
+    small = type(model)(config)
+    small.load_state_dict(model.state_dict(), strict=False)
+    return small.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_text_is_that_of_transformers(
+    drafter: str, own_model: Any, prompts: list[tuple[int, ...]], expected: list[tuple[int, ...]], model_path: Path
+) -> None:
+    from engine.model.stack import DecoderStack
+
+    target = Member(DecoderStack(copy.deepcopy(own_model)), 8192, model_path, (2,))
+    small = Member(DecoderStack(truncated(own_model, 28)), 8192, model_path) if drafter == "model" else None
+    config = EngineConfig(
+        model=ModelPair(name="smollm2", target=SOURCE, drafter=DRAFTERS[drafter]),
+        engine=RuntimeConfig(device="cpu", kv_cache=ByteSize(1 << 29), max_step_tokens=128, max_sequences=8),
+    )
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, stop_token_ids=(2,))
+    requests = [Request(id=str(i), prompt_ids=ids, sampling=sampling) for i, ids in enumerate(prompts)]
+    outcome = drive(assemble(config, target, small), requests)
+    assert [outcome.tokens[str(i), 0] for i in range(len(prompts))] == expected
+    if drafter != "none":
+        assert sum(r.num_accepted for r in outcome.rounds) > 0
+        assert any(r.num_accepted < r.num_draft for r in outcome.rounds)
