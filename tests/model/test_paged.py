@@ -99,12 +99,12 @@ def test_a_stack_that_computes_something_else_is_refused(monkeypatch: pytest.Mon
 def test_a_padded_vocabulary_is_cut_to_what_the_pair_has_in_common() -> None:
     padded = copy.deepcopy(target_model())
     padded.resize_token_embeddings(VOCAB + 8)
-    members = [Member(DecoderStack(m), 64, Path(n)) for m, n in ((padded, "t"), (copy.deepcopy(target_model()), "d"))]
+    target, drafter = Member(DecoderStack(padded), 64, Path("t")), Member(stack(), 64, Path("d"))
     config = EngineConfig(
         model=ModelPair(name="x", target=ModelSource(source="t"), drafter=ModelDrafterConfig(source="d")),
         engine=RuntimeConfig(kv_cache=ByteSize(1 << 20), device="cpu"),
     )
-    assert assemble(config, *members).info.vocab_size == VOCAB
+    assert assemble(config, target, drafter).info.vocab_size == VOCAB
 
 
 def test_the_served_context_is_the_smaller_of_model_and_pool() -> None:

@@ -31,7 +31,7 @@ def make_drafts(plan: StepPlan, lengths: list[int], drafter_computed: list[int] 
     return DraftBatch(
         lengths=tuple(lengths),
         ids=[[9] * longest for _ in lengths],
-        kinds=[[QKind.ONE_HOT] * n + [QKind.NONE] * (longest + 1 - n) for n in lengths],
+        kinds=[[*[QKind.ONE_HOT] * n, *[QKind.NONE] * (longest + 1 - n)] for n in lengths],
         rows=None,
         drafter_computed=tuple(drafter_computed or [0] * len(plan.chunks)),
         lagging=(False,) * len(plan.chunks),

@@ -45,8 +45,16 @@ def test_the_context_is_the_limit_and_the_numbers_are_said() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("temperature", math.inf), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2.0)]
-    + [("max_tokens", 0)],
+    [
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("max_tokens", 0),
+    ],
 )
 def test_a_bad_sampling_value_is_named(field: str, value: float) -> None:
     request = make_request()

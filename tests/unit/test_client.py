@@ -53,9 +53,7 @@ class ScriptedCore:
         for key, num in list(self.open.items()):
             is_last = num + 1 == self.limit[key]
             deltas.append(
-                TokenDelta(
-                    request_id=key[0], choice=key[1], token_ids=(num,), finish_reason=FinishReason.LENGTH if is_last else None
-                )
+                TokenDelta(request_id=key[0], choice=key[1], token_ids=(num,), finish_reason=FinishReason.LENGTH if is_last else None)
             )
             self.open[key] = num + 1
             if is_last:
@@ -63,7 +61,7 @@ class ScriptedCore:
         return StepOutput(incarnation="i", deltas=tuple(deltas), stats=msgspec.convert(_STATS, StepStats))
 
 
-_STATS = {name: 0 for name in StepStats.__struct_fields__}
+_STATS = dict.fromkeys(StepStats.__struct_fields__, 0)
 
 
 @asynccontextmanager
@@ -112,9 +110,13 @@ async def test_an_engine_error_reaches_open_streams_and_later_calls() -> None:
     async with started(ScriptedCore(fail_at=3)) as client:
         stream = client.submit(make_request(max_tokens=10))
         got: list[int] = []
-        with pytest.raises(EngineDead, match="boom"):
+
+        async def read() -> None:
             async for batch in stream:
-                got += [d.token_ids[0] for d in batch]
+                got.extend(d.token_ids[0] for d in batch)
+
+        with pytest.raises(EngineDead, match="boom"):
+            await read()
         assert got == [0, 1], "what was made before is not lost"
         assert not client.health.is_alive
         with pytest.raises(EngineDead, match="boom"):
@@ -142,8 +144,7 @@ async def test_closing_fails_open_streams_and_ends_the_thread() -> None:
     await anext(stream)
     await client.close()
     with pytest.raises(EngineDead, match="closed"):
-        while True:
-            await anext(stream)
+        _ = [batch async for batch in stream]
     assert not any(t.name == "cascade-engine" for t in threading.enumerate())
 
 

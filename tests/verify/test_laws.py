@@ -75,11 +75,16 @@ def _row(x: Tensor) -> Row:
     return tuple(x.tolist())
 
 
+def _twice(rows: Tensor) -> Tensor:
+    return rows.unsqueeze(1).repeat(1, 2, 1)
+
+
 def _pieces(rule: str, q: Rows | None, p: Rows, drafted: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
     """pi at every token, residual and full rows of num windows of one draft each (bonus rows are left out)."""
     num, kind = len(drafted), QKind.DENSE if q is not None else QKind.ONE_HOT
-    doubled = Rows(*(None if x is None else x.repeat_interleave(2, 0) for x in (p.probs, p.logits, p.allowed)))  # type: ignore[arg-type]
-    wide = None if q is None else Rows(*(x.unsqueeze(1).repeat(1, 2, 1) for x in (q.probs, q.logits)), allowed=None)
+    allowed = None if p.allowed is None else p.allowed.repeat_interleave(2, 0)
+    doubled = Rows(p.probs.repeat_interleave(2, 0), p.logits.repeat_interleave(2, 0), allowed)
+    wide = None if q is None else Rows(_twice(q.probs), _twice(q.logits), None)
     batch = DraftBatch((1,) * num, drafted.unsqueeze(1), [[kind, QKind.NONE]] * num, wide, (0,) * num, (False,) * num, (0,) * num)
     seq = sequence(rule)
     rows = RowBatch((seq,) * 2 * num, (0, 1) * num, tuple(i // 2 for i in range(2 * num)), drafted.unsqueeze(1))

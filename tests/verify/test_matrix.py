@@ -39,9 +39,7 @@ def test_greedy_text_is_that_of_the_naive_loop(drafter: str, max_step_tokens: in
         want = {(r.id, 0): answer(r, naive_target()) for r in requests}
         longest = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
         for num_blocks in (-(-longest // block_size), 200):  # the smaller pool holds the longest request and nothing beside it
-            setup = replace(
-                DRAFTERS[drafter], policy=policy, block_size=block_size, num_blocks=num_blocks, max_step_tokens=max_step_tokens
-            )
+            setup = replace(DRAFTERS[drafter], policy=policy, block_size=block_size, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
             outcome = drive(make_core(setup), requests)
             assert outcome.tokens == want, setup
             preemptions += sum(step.num_preemptions for step in outcome.steps)
