@@ -18,11 +18,10 @@ from typing import Protocol
 
 import msgspec
 
-from engine.errors import EngineDead, EngineError
+from engine.errors import EngineDead, EngineError, InvalidRequest
 from engine.request import Request, TokenDelta
 from engine.sched.admission import Admission
 from engine.stats import EngineInfo, StepOutput, StepStats
-
 
 _log = logging.getLogger(__name__)
 
@@ -199,6 +198,8 @@ class ThreadClient:
     def submit(self, request: Request) -> DeltaStream:
         core = self._live_core()
         assert self._admission is not None
+        if request.id in self._streams:
+            raise InvalidRequest(f"Request id {request.id!r} is in use.", "id")
         self._admission.check(request, num_open=sum(len(s.open_choices) for s in self._streams.values()))
         stream = DeltaStream(request, self._abort)
         self._streams[request.id] = stream
@@ -269,7 +270,7 @@ class ThreadClient:
                 self._longest_step = max(self._longest_step, time.monotonic() - self._step_began)
                 self._step_began = None
                 self._post(partial(self._deliver, output))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # it is logged, and told to everyone who waits or calls
             _log.exception("The engine stopped at an internal error")
             dead = EngineDead(f"The engine stopped at an internal error ({type(error).__name__}: {error}).")
             dead.__cause__ = error

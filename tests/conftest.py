@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> None:
     """Tiny models run faster on one thread than on two; tests of real ones set their own."""
     import torch  # here, so that a run of torch-free tests alone stays torch-free
 
     torch.set_num_threads(1)
-    yield

@@ -72,9 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.emitted: dict[tuple[str, int], list[int]] = {}
         self.limit: dict[tuple[str, int], int] = {}
 
-    @initialize(
-        num_blocks=st.integers(6, 24), block_size=st.integers(1, 4), max_sequences=st.integers(1, 5), budget=st.integers(1, 20)
-    )
+    @initialize(num_blocks=st.integers(6, 24), block_size=st.integers(1, 4), max_sequences=st.integers(1, 5), budget=st.integers(1, 20))
     def make(self, num_blocks: int, block_size: int, max_sequences: int, budget: int) -> None:
         self.capacity = num_blocks * block_size
         self.scheduler = Scheduler(BlockPool(num_blocks, block_size), Limits(max_sequences, budget), HeuristicLength(2, 5))
