@@ -1,0 +1,121 @@
+"""The application: puts routes, state and error handling together. Reads no configuration file and runs no server."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib import metadata
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.client import EngineClient
+from engine.errors import EngineDead
+from engine.stats import EngineInfo
+from server import errors, ops
+from server.deps import BearerAuth, Serving
+from server.drain import Draining
+from server.metrics import Metrics
+from server.openai import chat, completions, models
+from server.settings import Deployment
+from server.text import TextTokenizer
+
+TokenizerLoader = Callable[[str], TextTokenizer]
+
+
+def create_app(engine: EngineClient, deployment: Deployment, load_tokenizer: TokenizerLoader = TextTokenizer.from_folder) -> FastAPI:
+    """An application over one engine.
+
+    Its lifespan starts the engine unless it was started before, reads the tokenizer in `engine.info.target_path`, and closes the
+    engine at the end. `app.state.draining.begin()` is for whoever handles SIGTERM.
+    """
+    app = FastAPI(title="Cascade Serve", version=_version(), lifespan=_lifespan, redirect_slashes=False, strict_content_type=False)
+    app.state.engine = engine
+    app.state.deployment = deployment
+    app.state.load_tokenizer = load_tokenizer
+    app.state.metrics = Metrics(deployment.model.name)
+    app.state.draining = Draining(deployment.server.drain_seconds)
+    app.state.serving = None  # until the model is loaded
+    for router in (chat.router, completions.router, models.router):
+        app.include_router(router, prefix="/v1")
+    app.include_router(ops.router)
+    errors.install(app, app.state.metrics.refused)
+    app.add_middleware(BearerAuth, keys=deployment.server.api_keys, refused=app.state.metrics.refused)
+    app.add_middleware(RequestId)  # the outermost: refusals have an id, too
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    engine: EngineClient = app.state.engine
+    try:
+        info = await _started(engine)
+        app.state.serving = Serving(
+            engine=engine,
+            info=info,
+            tokenizer=app.state.load_tokenizer(info.target_path),
+            deployment=app.state.deployment,
+            metrics=app.state.metrics,
+            draining=app.state.draining,
+            fingerprint=fingerprint(app.version, info),
+            started_at=int(time.time()),
+        )
+        engine.on_step(app.state.metrics.observe_step)
+        app.state.draining.attach()
+        yield
+    finally:
+        app.state.draining.detach()
+        await engine.close()
+
+
+async def _started(engine: EngineClient) -> EngineInfo:
+    try:
+        return engine.info
+    except EngineDead:  # not started yet; one that is really dead says so again
+        await engine.start()
+        return engine.info
+
+
+def fingerprint(version: str, info: EngineInfo) -> str:
+    """What an answer depends on apart from the request: version, pair, dtype, device; readable, and fit for a header."""
+    pair = "+".join(_last_part(name) for name in (info.target, info.drafter))
+    return re.sub(r"[^\w.+:-]", "_", f"cascade-{version}-{pair}-{info.dtype}-{info.device}", flags=re.ASCII)
+
+
+def _last_part(source: str) -> str:
+    """Of a path, a hub id or a package's file."""
+    return re.split(r"[/\\]", source)[-1]
+
+
+class RequestId:
+    """Middleware: every response has the x-request-id that the client sent, or one of its own."""
+
+    _FIT = re.compile(r"[\x21-\x7e]{1,200}")
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = scope["request_id"] = given if self._FIT.fullmatch(given) else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("cascade-serve")
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "0+unknown"

@@ -1,0 +1,113 @@
+"""The program `cascade`. Parses, reports and returns an exit code; torch is imported only by the commands that need it.
+
+Exit codes: 0 done, 2 the deployment or the command line is wrong (one line on standard error; --debug shows where it came from).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from engine.errors import EngineError
+from server.settings import Deployment, load
+
+Config = Annotated[Path, typer.Argument(help="Deployment file, such as configs/default.yaml.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
+
+app = typer.Typer(
+    help="Cascade Serve: an OpenAI-compatible server with speculative decoding.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the program."""
+    app()
+
+
+def _say_version(is_wanted: bool) -> None:
+    if is_wanted:
+        Console().print(f"cascade {version('cascade-serve')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    is_version_wanted: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def serve(
+    config: Config,
+    host: Annotated[str | None, typer.Option(help="Address to listen on, instead of the file's.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, instead of the file's.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Load a deployment and serve it until SIGTERM or Ctrl-C."""
+    with _one_line_errors(debug):
+        deployment = load(config, host=host, port=port)
+        _set_up_logging(deployment)
+        say = progress_to(Console(stderr=True))
+        say(f"Cascade Serve {version('cascade-serve')}: loading {config}")
+        from server.launch import run  # torch and transformers take seconds
+
+        run(deployment, say)
+
+
+@app.command()
+def check(
+    config: Config,
+    no_load: Annotated[bool, typer.Option("--no-load", help="Read configs only; no weights, no conversion.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Validate a deployment and print what would be served and the memory it needs."""
+    with _one_line_errors(debug):
+        deployment = load(config)
+        _set_up_logging(deployment)
+        from server.report import estimated_figures, loaded_figures, table_of  # torch and transformers take seconds
+
+        part = deployment.engine_part
+        figures = estimated_figures(part) if no_load else loaded_figures(part, progress_to(Console(stderr=True)))
+        Console().print(table_of(config, deployment, figures))
+
+
+def progress_to(console: Console) -> Callable[[str], None]:
+    """A progress callback that prints a line with the seconds since now."""
+    start = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"{time.monotonic() - start:6.1f} s  {text}", markup=False, highlight=False, soft_wrap=True)
+
+    return say
+
+
+@contextmanager
+def _one_line_errors(is_debugging: bool) -> Iterator[None]:
+    """What the operator can mend is a line and exit code 2; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except EngineError as error:
+        if is_debugging:
+            raise
+        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _set_up_logging(deployment: Deployment) -> None:
+    logging.basicConfig(level=deployment.server.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    for chatty in ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,174 @@
+"""What went wrong, as OpenAI says it: one table from class to status, type and code, and the handlers that read it.
+
+The class decides whether client or server is at fault; no route catches anything. 422 is never sent.
+
+    engine.errors.ClientError
+    ├── UnknownModel       a model id that is not served
+    └── InvalidKey         no API key, or a wrong one
+    engine.errors.ServerError
+    ├── NotLoaded          the model is still being loaded
+    └── ShuttingDown       the server was told to end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from engine.errors import ClientError, ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull, ServerError
+
+
+class UnknownModel(ClientError):
+    """A model id that is not served."""
+
+    def __init__(self, model: str, served: tuple[str, ...]):
+        super().__init__(f"The model {_short(model)!r} does not exist. This server has {', '.join(served)}.")
+
+
+class InvalidKey(ClientError):
+    """No API key, or a wrong one."""
+
+    def __init__(self) -> None:
+        super().__init__("Missing or incorrect API key. Send one as 'Authorization: Bearer KEY'.")
+
+
+class NotLoaded(ServerError):
+    """The model is still being loaded."""
+
+    retry_after = 5
+
+    def __init__(self) -> None:
+        super().__init__("The model is being loaded.")
+
+
+class ShuttingDown(ServerError):
+    """The server was told to end; it takes nothing new and has ended what took too long."""
+
+    retry_after = 5
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down.")
+
+
+class ClientGone(Exception):
+    """The client left before its answer was complete. Nobody reads the response, and nobody was refused."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a class of errors looks to a client."""
+
+    status: int
+    type: str
+    code: str | None = None
+    param: str | None = None
+
+
+TABLE: Mapping[type[BaseException], Entry] = {
+    UnknownModel: Entry(404, "invalid_request_error", "model_not_found", "model"),
+    InvalidKey: Entry(401, "invalid_request_error", "invalid_api_key"),
+    ContextLengthExceeded: Entry(400, "invalid_request_error", "context_length_exceeded"),
+    InvalidRequest: Entry(400, "invalid_request_error"),  # and the param that the error names
+    ClientError: Entry(400, "invalid_request_error"),
+    QueueFull: Entry(503, "server_error", "queue_full"),
+    NotLoaded: Entry(503, "server_error", "model_loading"),
+    ShuttingDown: Entry(503, "server_error", "shutting_down"),
+    EngineDead: Entry(500, "server_error", "engine_dead"),
+    Exception: Entry(500, "server_error", "internal_error"),
+}
+
+
+def entry_of(error: BaseException) -> Entry:
+    """The table's entry for the nearest class of an error."""
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def body_of(error: BaseException) -> dict[str, Any]:
+    """OpenAI's error object. An error that nobody foresaw is not described to the client."""
+    entry = entry_of(error)
+    message = "The server had an internal error." if entry.code == "internal_error" else str(error)
+    return _body(message, entry.type, getattr(error, "param", entry.param), entry.code)
+
+
+def response_of(error: BaseException) -> JSONResponse:
+    """The response for an error that came before the first byte of an answer."""
+    entry = entry_of(error)
+    headers = {}
+    if (retry_after := getattr(error, "retry_after", None)) is not None:
+        headers["Retry-After"] = str(retry_after)
+    if entry.status == 500:
+        headers["x-should-retry"] = "false"  # the SDK would send what broke the server twice more
+    if entry.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body_of(error), entry.status, headers)
+
+
+Refused = Callable[[int, str], None]  # is told status and code of every refusal
+
+
+def install(app: FastAPI, refused: Refused) -> None:
+    """Answer every error of this app in OpenAI's shape."""
+
+    async def ours(_: Request, error: Exception) -> JSONResponse:
+        refused(entry_of(error).status, entry_of(error).code or "invalid_request")
+        return response_of(error)
+
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        response = await ours(request, error)
+        if request_id := request.scope.get("request_id"):  # this handler stands outside of the middleware that adds it
+            response.headers["x-request-id"] = request_id
+        return response
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        refused(400, "invalid_request")
+        message, param = _explain(error)
+        return JSONResponse(_body(message, "invalid_request_error", param, None), 400)
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        refused(error.status_code, "invalid_request")
+        body = _body(_http_message(request, error), "invalid_request_error", None, None)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    async def gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # as nginx logs it
+
+    app.add_exception_handler(ClientGone, gone)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    for kind in (ClientError, ServerError):
+        app.add_exception_handler(kind, ours)
+    app.add_exception_handler(Exception, unforeseen)
+
+
+def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _explain(error: RequestValidationError) -> tuple[str, str | None]:
+    """Message and param of the first thing that is wrong with a body. Says nothing of what the client sent: it may be anything."""
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "json_invalid":
+        return f"The request body is not valid JSON: {first['ctx']['error']} at position {param}.", None
+    if not param:
+        return "The request body must be a JSON object, sent with 'Content-Type: application/json'.", None
+    param = _short(param.encode("utf-8", "replace").decode())  # a key of the client may hold half a surrogate pair
+    return f"{param}: {first['msg'].removeprefix('Value error, ')}", param
+
+
+def _http_message(request: Request, error: HTTPException) -> str:
+    if error.status_code in (404, 405):
+        return f"Invalid URL ({request.method} {request.url.path}): {error.detail}"
+    return str(error.detail)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."

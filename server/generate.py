@@ -1,0 +1,199 @@
+"""One HTTP request on its way through the engine: requests in, text deltas and numbers out.
+
+A Generation is a context: leaving it, however that comes about, aborts what has not finished. Knows neither HTTP nor OpenAI's shapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from engine.client import Stream
+from engine.errors import EngineDead, ServerError
+from engine.request import FinishReason, Request, Round, TokenDelta
+from server.deps import Serving
+from server.record import ChoiceRecord, RequestRecord
+from server.text import StopScanner, TextTokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a client asked for, parsed and tokenised."""
+
+    id: str
+    requests: tuple[Request, ...]  # one a prompt; they differ in nothing else
+    stops: tuple[str, ...]
+    model_id: str  # as the client wrote it
+    preset: str  # "" for the model itself
+    is_stream: bool
+    has_usage_chunk: bool
+    ignored: tuple[str, ...]  # fields that changed nothing
+    arrived_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What one delivery adds to one choice."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+
+
+class Generation:
+    """A job that the engine works at.
+
+        async with Generation(job, serving) as generation:
+            async for deltas in generation: ...
+
+    Entering raises what `submit` raises. Iterating gives, for each choice with news, all that was waiting as one TextDelta; it raises
+    EngineDead if the engine fails and ShuttingDown if the server cuts the job.
+    """
+
+    def __init__(self, job: Job, serving: Serving):
+        first = job.requests[0]
+        limit, speculation = serving.info.max_draft, first.speculation
+        num_spec_tokens = min(limit, speculation.max_draft if speculation.max_draft is not None else limit) if speculation.enabled else 0
+        self._job = job
+        self._serving = serving
+        self._num_choices = len(first.choices)
+        self._answers = [_Answer(serving.tokenizer, job.stops, num_spec_tokens) for r in job.requests for _ in r.choices]
+        self._metrics = serving.metrics.request(job.preset, speculation.rule)
+        self._exits = AsyncExitStack()
+        self._streams: list[Stream] = []
+        self._begun: set[int] = set()  # prompts of which something was delivered
+        self._error: ServerError | None = None
+        self.record = RequestRecord(
+            rule=speculation.rule,
+            num_spec_tokens=num_spec_tokens,
+            num_prompt_tokens=sum(len(request.prompt_ids) for request in job.requests),
+            num_choices=self._num_choices,
+            choices=[answer.record for answer in self._answers],
+            arrived_at=job.arrived_at,
+        )
+
+    async def __aenter__(self) -> Generation:
+        self._serving.draining.add(self)
+        try:
+            for request in self._job.requests:
+                self._streams.append(await self._exits.enter_async_context(self._serving.engine.submit(request)))
+        except BaseException:
+            self._serving.draining.discard(self)
+            await self._exits.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._serving.draining.discard(self)
+        await self._exits.aclose()
+        for answer in self._answers:
+            self._metrics.answer_done(answer.record, answer.record.finish_reason or ("error" if self._error else "abort"))
+        self._metrics.request_done(self.record.num_prompt_tokens, time.monotonic() - self.record.arrived_at)
+
+    async def __aiter__(self) -> AsyncGenerator[list[TextDelta], None]:
+        try:
+            async with aclosing(_merge(self._streams)) as batches:
+                async for prompt, deltas in batches:
+                    yield self._take(prompt, deltas)
+            if any(answer.record.finish_reason is None for answer in self._answers):
+                raise self._error or EngineDead("The engine ended an answer before it was finished.")
+        except ServerError as error:
+            self._error = error
+            raise
+
+    def cut(self, error: ServerError) -> None:
+        """End now; whoever iterates gets `error`."""
+        self._error = error
+        for stream in self._streams:
+            for choice in range(self._num_choices):
+                stream.abort(choice)
+
+    def _take(self, prompt: int, deltas: Sequence[TokenDelta]) -> list[TextDelta]:
+        """What a batch of deltas for one prompt says to the client."""
+        texts: dict[int, str] = {}
+        for delta in deltas:
+            index = prompt * self._num_choices + delta.choice
+            answer = self._answers[index]
+            if answer.record.finish_reason is not None:  # it met a stop string; the engine had not heard of it
+                continue
+            text, drafts = answer.push(delta)
+            texts[index] = texts.get(index, "") + text
+            if drafts is not None:
+                self._metrics.round(drafts)
+            if answer.is_cut:
+                self._streams[prompt].abort(delta.choice)
+        self._note_delivery(prompt, list(texts))
+        return [TextDelta(index, text, self._answers[index].record.finish_reason) for index, text in texts.items()]
+
+    def _note_delivery(self, prompt: int, indices: list[int]) -> None:
+        now = time.monotonic()
+        for index in indices:
+            record = self._answers[index].record
+            if self.record.first_at is None:
+                self._metrics.first_delivery(record.queue_seconds, now - self.record.arrived_at)
+            if prompt not in self._begun:
+                self._begun.add(prompt)
+                self._metrics.prompt_done(len(self._job.requests[prompt].prompt_ids), record.num_cached_tokens)
+            self._metrics.delivered(*record.delivered(now))
+
+
+class _Answer:
+    """One choice: its text so far, and its numbers."""
+
+    def __init__(self, tokenizer: TextTokenizer, stops: tuple[str, ...], num_spec_tokens: int):
+        self._detokenizer = tokenizer.detokenizer()
+        self._scanner = StopScanner(stops)
+        self.record = ChoiceRecord(num_spec_tokens)
+
+    @property
+    def is_cut(self) -> bool:
+        """A stop string was found."""
+        return self._scanner.is_stopped
+
+    def push(self, delta: TokenDelta) -> tuple[str, Round | None]:
+        """Text that may go out, and the round as far as the client received it. Tokens behind a stop string count nowhere."""
+        with_text = delta.token_ids[:-1] if delta.finish_reason is FinishReason.STOP else delta.token_ids  # an end token has none
+        text, num_kept = "", 0
+        while num_kept < len(with_text) and not self.is_cut:
+            text += self._scanner.push(self._detokenizer.push(with_text[num_kept]))
+            num_kept += 1
+        if delta.finish_reason is not None and not self.is_cut:
+            text += self._finish(delta.finish_reason)
+            num_kept = len(delta.token_ids)
+        if self.is_cut:
+            self.record.finish_reason = FinishReason.STOP.value
+        return text, self.record.count(delta, num_kept)
+
+    def _finish(self, reason: FinishReason) -> str:
+        if reason is FinishReason.ABORT:
+            raise EngineDead("The engine gave an answer up.")
+        self.record.finish_reason = reason.value
+        return self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
+
+
+async def _merge(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, list[TokenDelta]], None]:
+    """Whatever any of the streams has, as it comes, with the stream's number."""
+    if len(streams) == 1:  # a task a batch is a cost that only several streams need
+        async for deltas in streams[0]:
+            yield 0, deltas
+        return
+    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number = waiting.pop(task)
+                try:
+                    deltas = task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(streams[number]))] = number
+                yield number, deltas
+    finally:
+        for task in waiting:
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # a dead engine ends all streams at once; one of them told the client, the others are heard here

@@ -1,0 +1,157 @@
+"""Runs one deployment as an HTTP server: binds, loads, serves, drains. The only place that handles signals.
+
+The port is taken before the model is loaded, so that a taken one is said at once, but it is listened on only when everything is warm.
+SIGTERM or Ctrl-C stops admission and lets what runs finish for up to `drain_seconds`; a second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from engine.build import build
+from engine.client import ThreadClient
+from engine.errors import ConfigError
+from engine.stats import EngineInfo
+from server.app import create_app
+from server.drain import Draining
+from server.report import in_bytes
+from server.settings import Deployment, ServerSettings
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CLOSING_SECONDS = 5  # for streams that were cut and for connections to close
+
+Say = Callable[[str], None]
+
+
+def run(deployment: Deployment, say: Say) -> None:
+    """Serve until a signal ends it. Raises ConfigError when it cannot start."""
+    asyncio.run(_run(deployment, say))
+
+
+async def _run(deployment: Deployment, say: Say) -> None:
+    with contextlib.closing(bind(deployment.server)) as listener:
+        ending = Ending(say)
+        ending.listen()
+        engine = ThreadClient(lambda: build(deployment.engine_part, say), deployment.server.max_queued_requests)
+        await engine.start()
+        say(_loaded(engine.info))
+        app = create_app(engine, deployment)
+        server = Server(_uvicorn_config(app, deployment.server), lambda: say(_ready(deployment, listener)))
+        ending.serve(server, app.state.draining, deployment.server.drain_seconds)
+        try:
+            await server.serve([listener])
+        except OSError as error:
+            raise _refused(deployment.server, error) from error
+        say("Stopped")
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """The configured address, taken but not yet listened on. Raises ConfigError."""
+    listener: socket.socket | None = None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections to time out
+        listener.bind(address)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise _refused(settings, error) from error
+    return listener
+
+
+def _refused(settings: ServerSettings, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(f"server.port: {settings.port} - is taken on {settings.host}; choose another, with --port for instance.")
+    return ConfigError(f"server.host: {settings.host!r}, server.port: {settings.port} - cannot be listened on: {error.strerror}.")
+
+
+class Server(uvicorn.Server):
+    """uvicorn that leaves signals to us and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]):
+        super().__init__(config)
+        self._announce = announce
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own would end streams at once, and end the process by the signal instead of with 0."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+
+class Ending:
+    """What signals do. The first one drains, a second one kills."""
+
+    def __init__(self, say: Say):
+        self._say = say
+        self._server: Server | None = None
+        self._draining: Draining | None = None
+        self._seconds = 0.0
+        self._drain: asyncio.Task[None] | None = None
+
+    def listen(self) -> None:
+        """Handle signals on the running event loop."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._handle, number)
+
+    def serve(self, server: Server, draining: Draining, seconds: float) -> None:
+        """From now on there is something to drain, for so long."""
+        self._server, self._draining, self._seconds = server, draining, seconds
+
+    def _handle(self, number: signal.Signals) -> None:
+        if self._server is None or self._draining is None:
+            self._say("Stopped while loading")
+            os._exit(0 if number == signal.SIGTERM else 128 + number)  # a thread that loads cannot be interrupted
+        if self._drain is not None:
+            self._say(f"Second signal ({number.name}): stopped at once")
+            os._exit(128 + number)
+        self._say(f"{number.name}: finishing {self._draining.num_running} requests; a second signal stops at once")
+        self._draining.begin()
+        self._drain = asyncio.create_task(self._finish(self._server, self._draining))
+
+    async def _finish(self, server: Server, draining: Draining) -> None:
+        try:
+            await asyncio.wait_for(draining.idle(), self._seconds + CLOSING_SECONDS)
+        except TimeoutError:
+            self._say(f"{draining.num_running} requests could not be ended in time")
+        server.should_exit = True
+
+
+def _uvicorn_config(app: object, settings: ServerSettings) -> uvicorn.Config:
+    is_debugging = settings.log_level == "debug"
+    if not is_debugging:
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and stop lines repeat ours
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]  # any ASGI application
+        lifespan="on",
+        log_config=None,
+        access_log=is_debugging,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+    )
+
+
+def _loaded(info: EngineInfo) -> str:
+    return (
+        f"Loaded {in_bytes(info.weight_bytes)} of weights on {info.device} ({info.dtype}); "
+        f"the KV cache holds {info.num_blocks * info.block_size:,} tokens in {info.num_blocks:,} blocks ({in_bytes(info.kv_bytes)}), "
+        f"the served context is {info.max_model_len:,} tokens"
+    )
+
+
+def _ready(deployment: Deployment, listener: socket.socket) -> str:
+    host = f"[{deployment.server.host}]" if ":" in deployment.server.host else deployment.server.host
+    return f"Ready on http://{host}:{listener.getsockname()[1]} (models: {', '.join(deployment.model_ids)})"

@@ -1,0 +1,161 @@
+"""A Generation as OpenAI's response: one JSON object, or a stream of chunks. What chat and completions differ in is a Shape."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from server.deps import Serving
+from server.generate import Generation, Job, TextDelta
+from server.openai import schema
+from server.openai.convert import header_safe
+from server.record import ChoiceRecord, RequestRecord
+from server.stream import EventStream, unless_disconnected
+
+
+class Shape(Protocol):
+    """What an endpoint's responses look like."""
+
+    prefix: str  # of the response's id
+    object: str
+    chunk_object: str
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> schema.Choice:
+        """A finished choice."""
+
+    def opening(self, index: int) -> schema.Choice | None:
+        """What the stream of a choice begins with."""
+
+    def delta(self, delta: TextDelta) -> schema.Choice:
+        """A piece of a choice."""
+
+
+async def answer(job: Job, serving: Serving, shape: Shape, request: Request) -> Response:
+    """Run a job and respond. Whatever is refused is raised before the first byte."""
+    headers = {"x-cascade-ignored": header_safe(job.ignored)} if job.ignored else {}
+    generation = Generation(job, serving)
+    envelope = _Envelope(job, serving, shape)
+    if job.is_stream:
+        await generation.__aenter__()  # here, so that a refusal has a status; the response leaves it
+        events = _events(generation, envelope)
+        return EventStream(events, generation, headers, serving.deployment.server.keep_alive_seconds)
+    body = await unless_disconnected(request, _collect(generation, envelope))
+    return JSONResponse(body, headers=headers)
+
+
+class _Envelope:
+    """Makes the responses and chunks of one job, all with the same head."""
+
+    def __init__(self, job: Job, serving: Serving, shape: Shape):
+        self.job = job
+        self.shape = shape
+        self._drafter = serving.info.drafter
+        self._opened: set[int] = set()
+        self._head: dict[str, Any] = {
+            "id": shape.prefix + job.id,
+            "created": int(time.time()),
+            "model": job.model_id,
+            "system_fingerprint": serving.fingerprint,
+        }
+
+    def completion(self, choices: list[schema.Choice], record: RequestRecord) -> schema.Completion:
+        usage, metrics = usage_of(record), metrics_of(record, self._drafter)
+        return schema.Completion(**self._head, object=self.shape.object, choices=choices, usage=usage, metrics=metrics)
+
+    def chunks(self, delta: TextDelta) -> list[schema.Chunk]:
+        """The chunks of one delivery: none as long as all of its text is held back."""
+        choices = []
+        if delta.index not in self._opened:
+            self._opened.add(delta.index)
+            choices = [opening] if (opening := self.shape.opening(delta.index)) is not None else []
+        if delta.text or delta.finish_reason:
+            choices.append(self.shape.delta(delta))
+        kind = schema.ChunkWithUsage if self.job.has_usage_chunk else schema.Chunk
+        return [kind(**self._head, object=self.shape.chunk_object, choices=[choice]) for choice in choices]
+
+    def usage_chunk(self, record: RequestRecord) -> schema.UsageChunk:
+        usage, metrics = usage_of(record), metrics_of(record, self._drafter)
+        return schema.UsageChunk(**self._head, object=self.shape.chunk_object, choices=[], usage=usage, metrics=metrics)
+
+
+async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, Any]:
+    texts = [""] * len(generation.record.choices)
+    async with generation:
+        async for deltas in generation:
+            for delta in deltas:
+                texts[delta.index] += delta.text
+    record = generation.record
+    choices = [envelope.shape.choice(i, text, record.choices[i].finish_reason) for i, text in enumerate(texts)]
+    return envelope.completion(choices, record).model_dump()
+
+
+async def _events(generation: Generation, envelope: _Envelope) -> AsyncGenerator[str, None]:
+    async with aclosing(aiter(generation)) as batches:
+        async for deltas in batches:
+            for chunk in itertools.chain.from_iterable(map(envelope.chunks, deltas)):
+                yield chunk.model_dump_json()
+    if envelope.job.has_usage_chunk:
+        yield envelope.usage_chunk(generation.record).model_dump_json()
+
+
+# ---------------------------------------------------------------------- numbers
+def usage_of(record: RequestRecord) -> schema.Usage:
+    """OpenAI's usage: every prompt counts once, whatever n is; an end token counts as a token of the completion."""
+    return schema.Usage(
+        prompt_tokens=record.num_prompt_tokens,
+        completion_tokens=record.num_completion_tokens,
+        total_tokens=record.num_prompt_tokens + record.num_completion_tokens,
+        prompt_tokens_details=schema.PromptTokensDetails(cached_tokens=record.num_cached_tokens),
+    )
+
+
+def metrics_of(record: RequestRecord, drafter: str) -> schema.ResponseMetrics:
+    """What the response says about how it was made."""
+    choices = record.choices
+    cascade = schema.Cascade(
+        rule=record.rule,
+        drafter=drafter,
+        deferred_tokens=sum(choice.num_deferred_tokens for choice in choices),
+        lossy_kept_tokens=sum(choice.num_lossy_kept_tokens for choice in choices),
+        target_calls=sum(choice.num_target_calls for choice in choices),
+        drafter_calls=sum(choice.num_drafter_calls for choice in choices),
+    )
+    speculative = _speculative(choices[0], record.num_spec_tokens) if len(choices) == 1 else None
+    return schema.ResponseMetrics(speculative_decoding=speculative, cascade=cascade, latency=_latency(record))
+
+
+def _speculative(choice: ChoiceRecord, num_spec_tokens: int) -> schema.SpeculativeDecoding | None:
+    if not choice.num_draft_tokens:
+        return None
+    accepted = choice.num_accepted_tokens
+    return schema.SpeculativeDecoding(
+        mean_acceptance_length=1 + accepted / choice.num_spec_steps,
+        draft_acceptance_rate=accepted / choice.num_draft_tokens,
+        acceptance_histogram=choice.acceptance_histogram,
+        num_spec_steps=choice.num_spec_steps,
+        num_draft_tokens=choice.num_draft_tokens,
+        num_accepted_draft_tokens=accepted,
+        num_spec_tokens=num_spec_tokens,
+    )
+
+
+def _latency(record: RequestRecord) -> schema.Latency:
+    first, last = record.first_at, record.last_at
+    queue_ms = 1000 * max(choice.queue_seconds for choice in record.choices)
+    if first is None or last is None:
+        return schema.Latency(queue_ms=queue_ms, time_to_first_token_ms=None, generation_ms=None, mean_itl_ms=None, tokens_per_second=None)
+    num_gaps = sum(max(0, choice.num_deliveries - 1) for choice in record.choices)
+    gaps = sum(choice.last_at - choice.first_at for choice in record.choices if choice.first_at is not None and choice.last_at is not None)
+    return schema.Latency(
+        queue_ms=queue_ms,
+        time_to_first_token_ms=1000 * (first - record.arrived_at),
+        generation_ms=1000 * (last - first),
+        mean_itl_ms=1000 * gaps / num_gaps if num_gaps else None,
+        tokens_per_second=record.num_completion_tokens / (last - record.arrived_at) if last > record.arrived_at else None,
+    )

@@ -1,0 +1,36 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from server.deps import Served
+from server.generate import TextDelta
+from server.openai import schema
+from server.openai.answer import answer
+from server.openai.convert import completion_job
+
+router = APIRouter()
+
+
+class CompletionShape:
+    """Plain text; a stream's chunks look like its response."""
+
+    prefix = "cmpl-"
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> schema.TextChoice:
+        return schema.TextChoice(index=index, text=text, finish_reason=finish_reason)
+
+    def opening(self, index: int) -> None:  # a text begins with its first piece
+        return None
+
+    def delta(self, delta: TextDelta) -> schema.TextChoice:
+        return schema.TextChoice(index=delta.index, text=delta.text, finish_reason=delta.finish_reason)
+
+
+@router.post("/completions", response_model=schema.Completion)
+async def create_completion(body: schema.CompletionBody, serving: Served, request: Request) -> Response:
+    """Continue texts or token ids."""
+    return await answer(await completion_job(body, serving), serving, CompletionShape(), request)

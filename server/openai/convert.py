@@ -1,0 +1,205 @@
+"""OpenAI's requests to the engine's: fields are checked against each other, defaults filled in, texts tokenised.
+
+Defaults are OpenAI's (temperature 1, top_p 1), whatever the model's generation_config.json recommends: a request must mean the same
+for every model behind a name. Everything that is refused is a ClientError whose `param` names the field.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.request import Choice, Request, SamplingParams, SpeculationParams
+from server.deps import Serving
+from server.errors import UnknownModel
+from server.generate import Job
+from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody
+
+T = TypeVar("T")
+
+LONG_TEXT = 8192  # characters; shorter texts are tokenised faster than a thread takes them over
+
+# Fields that OpenAI, vLLM or llama.cpp know and that would change the answer, and values that ask for nothing. null always does.
+NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "grammar": ("",),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "json_schema": (),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (),
+    "regex": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "web_search_options": (),
+    # in a message
+    "messages.audio": (),
+    "messages.function_call": (),
+    "messages.tool_calls": ([],),
+}
+
+
+async def chat_job(body: ChatBody, serving: Serving) -> Job:
+    """The job of a chat: one prompt, rendered by the model's template."""
+    arrived_at = time.monotonic()
+    ignored = _ignored(body)
+    _check(body, serving, num_prompts=1)
+    messages = [{"role": message.role, "content": message.content} for message in body.messages]
+    length = sum(len(message["content"]) for message in messages)
+    prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages), length)
+    return _job(body, serving, [prompt], ignored, arrived_at)
+
+
+async def completion_job(body: CompletionBody, serving: Serving) -> Job:
+    """The job of a completion: texts and token ids as they are."""
+    arrived_at = time.monotonic()
+    ignored = _ignored(body)
+    _check(body, serving, num_prompts=len(body.prompt))
+    length = sum(len(prompt) for prompt in body.prompt)
+    encode = serving.tokenizer.encode
+    prompts = await _tokenised(lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
+    return _job(body, serving, prompts, ignored, arrived_at)
+
+
+def header_safe(names: Sequence[str], limit: int = 1024) -> str:
+    """Field names as one header value: whatever a client wrote, percent-encoded where need be, and cut at `limit` characters."""
+    value = ",".join(quote(name, safe="._-[]", errors="replace") for name in names)
+    return value if len(value) <= limit else value[: value.rindex(",", 0, limit) if "," in value[:limit] else limit] + ",..."
+
+
+async def _tokenised(work: Callable[[], T], length: int) -> T:
+    """Tokenise here if it is quick, in a thread if it would hold up the streams of others."""
+    return await asyncio.to_thread(work) if length > LONG_TEXT else work()
+
+
+def _check(body: GenerationBody, serving: Serving, num_prompts: int) -> None:
+    """What is wrong whatever the texts are."""
+    if body.model not in serving.deployment.model_ids:
+        raise UnknownModel(body.model, tuple(serving.deployment.model_ids))
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
+    limit = serving.info.max_sequences + serving.deployment.server.max_queued_requests
+    num_answers = num_prompts * (body.n or 1)
+    if num_answers > limit:
+        param = "prompt" if num_prompts > 1 else "n"
+        raise InvalidRequest(f"{num_answers} answers were asked for (prompts times n); this server holds {limit}.", param)
+
+
+def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], ignored: tuple[str, ...], arrived_at: float) -> Job:
+    job_id = uuid.uuid4().hex
+    seed = secrets.randbits(64) if body.seed is None else body.seed
+    speculation = _speculation(body, serving)
+    requests = tuple(
+        Request(
+            id=f"{job_id}-{i}",
+            prompt_ids=tuple(prompt),
+            sampling=_sampling(body, serving, len(prompt), seed),
+            speculation=speculation,
+            choices=tuple(Choice(index) for index in range(body.n or 1)),
+        )
+        for i, prompt in enumerate(prompts)
+    )
+    return Job(
+        id=job_id,
+        requests=requests,
+        stops=tuple(body.stop or ()),
+        model_id=body.model,
+        preset=body.model.partition(":")[2],
+        is_stream=bool(body.stream),
+        has_usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
+        ignored=ignored,
+        arrived_at=arrived_at,
+    )
+
+
+def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int, seed: int) -> SamplingParams:
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    if max_tokens is None:
+        max_tokens = serving.info.max_model_len - num_prompt_tokens
+        if max_tokens < 1:
+            raise ContextLengthExceeded(num_prompt_tokens, 1, serving.info.max_model_len)
+    top_k = body.top_k or 0
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=top_k if 0 < top_k < serving.info.vocab_size else 0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        seed=seed,
+        is_seeded=body.seed is not None,
+        stop_token_ids=serving.info.end_token_ids,
+    )
+
+
+def _speculation(body: GenerationBody, serving: Serving) -> SpeculationParams:
+    """The deployment's settings, the preset's over them, the request's over both."""
+    enabled, rule, max_draft = True, serving.deployment.speculation.rule, None
+    if (preset := serving.deployment.model_ids[body.model]) is not None:
+        enabled, rule, max_draft = preset.enabled, preset.rule or rule, preset.max_draft
+    if (own := body.speculation) is not None:
+        enabled = enabled if own.enabled is None else own.enabled
+        max_draft = max_draft if own.max_draft is None else own.max_draft
+    return SpeculationParams(enabled=enabled, rule=rule, max_draft=max_draft)
+
+
+def _ignored(body: GenerationBody) -> tuple[str, ...]:
+    """Names of the fields that will change nothing. Raises InvalidRequest for one that ought to and cannot yet."""
+    names = dict.fromkeys(_unused(body))  # a set that keeps the order
+    for message in body.messages if isinstance(body, ChatBody) else ():
+        names |= dict.fromkeys(_unused(message, "messages."))
+    if body.stream_options is not None:
+        names |= dict.fromkeys(_unused(body.stream_options, "stream_options."))
+    return tuple(names)
+
+
+def _unused(part: Body, prefix: str = "") -> Iterator[str]:
+    for key, value in (part.model_extra or {}).items():
+        name = prefix + key
+        if value is None:
+            continue
+        if name not in NOT_IMPLEMENTED:
+            yield name
+        elif not any(_is_same(value, neutral) for neutral in NOT_IMPLEMENTED[name]):
+            raise InvalidRequest(f"{name} is not implemented by this server yet. Leave it out.", name)
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)

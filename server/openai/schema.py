@@ -1,0 +1,247 @@
+"""OpenAI's requests and responses as types, with what this server adds. Checks the shape of each field and nothing between fields.
+
+Fields that are not declared are kept: server/openai/convert.py refuses or reports them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+# ---------------------------------------------------------------------- values
+
+
+def _encodable(text: str) -> str:
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("the text holds half of a surrogate pair, which no tokenizer can read")
+    return text
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _join_parts(content: Any) -> Any:
+    """Text parts become one text, a line each."""
+    if not isinstance(content, list):
+        return content
+    return "\n".join(_text_of(part) for part in content)
+
+
+def _text_of(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ValueError("this model reads text; each part of a content array must be {'type': 'text', 'text': '...'}")
+    text: str = part["text"]
+    return text
+
+
+def _as_prompts(value: Any) -> Any:
+    """OpenAI's four kinds of prompt (a text, several, token ids, several lists of them) as one list."""
+    if isinstance(value, str) or (_is_list_of(value, int) and value):
+        return [value]
+    if _is_list_of(value, str) or (isinstance(value, list) and all(_is_list_of(item, int) for item in value)):
+        return value
+    raise ValueError("a prompt is a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)  # a bool is no token id
+
+
+def _encodable_prompts(prompts: Sequence[Any]) -> Sequence[Any]:
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _encodable(prompt)
+    return prompts
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
+Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_encodable_prompts)]
+Stops = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)]
+
+
+# ---------------------------------------------------------------------- requests
+class Body(BaseModel):
+    """Something that a client sent: no type is bent to fit, unknown keys are kept."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class Speculation(BaseModel):
+    """This request's own settings of speculative decoding; they win over the preset's."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    enabled: bool | None = Field(None, description="false: no drafts, every token is the target's")
+    max_draft: int | None = Field(None, ge=0, description="at most this many drafts a step; the deployment's bound holds, too")
+
+
+class GenerationBody(Body):
+    """What both endpoints take."""
+
+    model: Text
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="wins over max_tokens, which it replaces")
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1, description="0 or -1: off")
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: Stops | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    speculation: Speculation | None = None
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+
+
+# ---------------------------------------------------------------------- responses
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class SpeculativeDecoding(BaseModel):
+    """What became of the drafts of one answer, in the shape that benchmark clients know from vLLM."""
+
+    mean_acceptance_length: float = Field(description="tokens a round: 1 + accepted drafts / rounds")
+    draft_acceptance_rate: float
+    acceptance_histogram: list[int] = Field(description="rounds by accepted drafts, from 0 to num_spec_tokens")
+    num_spec_steps: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+    num_spec_tokens: int
+
+
+class Cascade(BaseModel):
+    """Which rule judged, and what it did."""
+
+    rule: str
+    drafter: str
+    deferred_tokens: int
+    lossy_kept_tokens: int
+    target_calls: int
+    drafter_calls: int
+
+
+class Latency(BaseModel):
+    """Times in the server; null where there is nothing to measure."""
+
+    queue_ms: float
+    time_to_first_token_ms: float | None = Field(description="from arrival to the first delivery")
+    generation_ms: float | None = Field(description="from the first delivery to the last")
+    mean_itl_ms: float | None = Field(description="mean gap between two deliveries of a choice")
+    tokens_per_second: float | None = Field(description="tokens of all choices over the time from arrival to the last delivery")
+
+
+class ResponseMetrics(BaseModel):
+    speculative_decoding: SpeculativeDecoding | None
+    cascade: Cascade
+    latency: Latency
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: None = None
+    finish_reason: str | None
+
+
+class ChatDeltaChoice(BaseModel):
+    index: int
+    delta: dict[str, str]
+    logprobs: None = None
+    finish_reason: str | None
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: str | None
+
+
+Choice = ChatChoice | ChatDeltaChoice | TextChoice
+
+
+class Envelope(BaseModel):
+    """What every response and every chunk of a stream begins with."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class Completion(Envelope):
+    choices: Sequence[Choice]
+    usage: Usage
+    metrics: ResponseMetrics
+
+
+class Chunk(Envelope):
+    choices: Sequence[Choice]
+
+
+class ChunkWithUsage(Chunk):
+    """A chunk when the client asked for usage: null in all but the last."""
+
+    usage: Usage | None = None
+
+
+class UsageChunk(Chunk):
+    usage: Usage
+    metrics: ResponseMetrics
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "cascade-serve"
+    root: str = Field(description="the deployment's own name")
+    parent: str | None = Field(description="for a preset or an alias, the deployment's own name")
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]

@@ -1,0 +1,125 @@
+"""What `cascade check` prints: what a deployment would serve, and the memory it needs. Serves nothing.
+
+Without loading, the numbers come from the models' configs; what only the hub could say is "unknown offline", which is no mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from engine.build import build, plan_memory
+from engine.config import EngineConfig, ModelDrafterConfig, ModelSource
+from engine.model.loader import ModelSize, PairMember, check_pair, estimate, read_config, resolve_device, resolve_dtype
+from engine.model.source import fetch_config
+from engine.stats import EngineInfo
+from server.settings import Deployment
+
+UNKNOWN = "unknown offline"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Memory and length; None where it is not known."""
+
+    device: str
+    dtype: str
+    weight_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
+    num_blocks: int | None = None
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A model as far as its config tells."""
+
+    member: PairMember
+    size: ModelSize
+    dtype: str
+    itemsize: int
+
+
+def loaded_figures(config: EngineConfig, progress: Callable[[str], None]) -> Figures:
+    """Load everything as `cascade serve` would. Raises ConfigError."""
+    return figures_of(build(config, progress).info)
+
+
+def figures_of(info: EngineInfo) -> Figures:
+    """The figures of an engine that is loaded."""
+    per_token = info.kv_bytes // (info.num_blocks * info.block_size)
+    return Figures(info.device, info.dtype, info.weight_bytes, per_token, info.num_blocks, info.max_model_len)
+
+
+def estimated_figures(config: EngineConfig) -> Figures:
+    """What can be said without weights. Raises ConfigError for what could not be served."""
+    device = resolve_device(config.engine.device)
+    sources: list[ModelSource] = [config.model.target]
+    if isinstance(config.model.drafter, ModelDrafterConfig):
+        sources.append(config.model.drafter)
+    known = [prospect for source in sources if (prospect := _prospect(source, config)) is not None]
+    if len(known) < len(sources):
+        return Figures(str(device), config.model.target.dtype)
+    if len(known) == 2 and all((prospect.member.path / "tokenizer.json").is_file() for prospect in known):
+        check_pair(known[0].member, known[1].member)
+    per_token = sum(prospect.size.kv_values_per_token * prospect.itemsize for prospect in known)
+    plan = plan_memory(config.engine, per_token, known[0].size.context_length)
+    weights = sum(prospect.size.num_parameters * prospect.itemsize for prospect in known)
+    return Figures(str(device), known[0].dtype, weights, per_token, plan.num_blocks, plan.max_model_len)
+
+
+def _prospect(source: ModelSource, config: EngineConfig) -> Prospect | None:
+    """None when the hub alone knows the model and cannot be asked."""
+    place = fetch_config(source)
+    if place is None:
+        return None
+    model = read_config(place)
+    dtype = resolve_dtype(source.dtype, resolve_device(config.engine.device), model)
+    size = estimate(model)
+    member = PairMember(source.source, place, size.vocab_size)
+    return Prospect(member, size, str(dtype).removeprefix("torch."), dtype.itemsize)
+
+
+def table_of(path: Path, deployment: Deployment, figures: Figures) -> Table:
+    """What would be served, for people."""
+    table = Table(title=f"{path}", show_header=False, title_justify="left")
+    table.add_column("what", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for what, value in _rows(deployment, figures):
+        table.add_row(what, value)
+    return table
+
+
+def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
+    engine, server, drafter = deployment.engine, deployment.server, deployment.model.drafter
+    blocks = UNKNOWN if figures.num_blocks is None else f"{figures.num_blocks:,} of {engine.block_size} tokens"
+    return [
+        ("model ids", ", ".join(deployment.model_ids)),
+        ("target", deployment.model.target.source),
+        ("drafter", drafter.source if isinstance(drafter, ModelDrafterConfig) else drafter.kind),
+        ("rule", deployment.speculation.rule),
+        ("draft length", f"{deployment.speculation.draft_length.policy}, at most {deployment.speculation.draft_length.max}"),
+        ("device, dtype", f"{figures.device}, {figures.dtype}"),
+        ("weights", in_bytes(figures.weight_bytes)),
+        ("KV cache", in_bytes(int(engine.kv_cache))),
+        ("KV of a token", in_bytes(figures.kv_bytes_per_token)),
+        ("blocks", blocks),
+        ("served context", UNKNOWN if figures.max_model_len is None else f"{figures.max_model_len:,} tokens"),
+        ("address", f"http://{server.host}:{server.port}"),
+        ("API keys", f"{len(server.api_keys)}" if server.api_keys else "none: everybody is served"),
+    ]
+
+
+def in_bytes(count: int | None) -> str:
+    """A number of bytes for people."""
+    if count is None:
+        return UNKNOWN
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.4g} {unit}"
+        amount /= 1024
+    return f"{amount:.4g} GiB"

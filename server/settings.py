@@ -1,0 +1,205 @@
+"""Deployment files: YAML in, one frozen Deployment out, or one line for everything that is wrong.
+
+A message names the key, the value and the bound. Unknown and repeated keys are refused. CASCADE_ variables override the server's part and
+nothing else, so that a file says what is computed. Nothing is looked up here: whether a model exists is the engine's business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from engine.config import EngineConfig, Preset, Section
+from engine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ENV_PREFIX = "CASCADE_"
+OTHER_VARIABLES = frozenset({"CASCADE_CACHE_DIR"})  # read by the engine's loader
+
+
+class ServerSettings(Section):
+    """The HTTP side. Every key can be overridden by CASCADE_ and its name in capitals."""
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="accepted bearer tokens; none: everybody is served")
+    max_queued_requests: int = Field(256, ge=1, le=1_000_000, description="answers that may wait before new ones get a 503")
+    drain_seconds: float = Field(30.0, ge=0, le=86_400, allow_inf_nan=False, description="time to finish what runs at SIGTERM")
+    keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Deployment(EngineConfig):
+    """One deployment file."""
+
+    server: ServerSettings = ServerSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Deployment:
+        names = (self.model.name, *self.model.aliases)
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"model.aliases: {name!r} - is used twice; name and aliases must all differ")
+        longest = self.speculation.draft_length.max
+        for name, preset in self.speculation.presets.items():
+            if preset.max_draft is not None and preset.max_draft > longest:
+                raise ValueError(
+                    f"speculation.presets.{name}.max_draft: {preset.max_draft} - must be at most speculation.draft_length.max ({longest})"
+                )
+        return self
+
+    @property
+    def engine_part(self) -> EngineConfig:
+        """What the engine is built from."""
+        return EngineConfig(model=self.model, speculation=self.speculation, engine=self.engine)
+
+    @property
+    def model_ids(self) -> dict[str, Preset | None]:
+        """Every model id that is served and its preset: the name, its aliases, and NAME:PRESET for each of them."""
+        names = (self.model.name, *self.model.aliases)
+        plain: dict[str, Preset | None] = dict.fromkeys(names)
+        return plain | {f"{name}:{preset}": value for name in names for preset, value in self.speculation.presets.items()}
+
+
+def load(path: Path, environment: Mapping[str, str] = os.environ, **options: object) -> Deployment:
+    """The deployment in `path`. `options` are keys of the server's part from the command line; they win over the environment, which wins
+    over the file. Raises ConfigError with one line for each mistake."""
+    content = _read(path)
+    overrides = _from_environment(environment) | {key: (f"--{key}", value) for key, value in options.items() if value is not None}
+    section = content.get("server", {})
+    if isinstance(section, dict):
+        content = content | {"server": section | {key: value for key, (_, value) in overrides.items()}}
+    try:
+        return Deployment.model_validate(content)
+    except ValidationError as error:
+        origins = {f"server.{key}": origin for key, (origin, _) in overrides.items()}
+        mistakes = error.errors(include_url=False)
+        raise ConfigError("\n".join(_explain(details, content, path, origins) for details in mistakes)) from error
+
+
+# ---------------------------------------------------------------------- reading
+class _Loader(yaml.SafeLoader):
+    """YAML without two surprises: the last of repeated keys wins, and on, off, yes and no are booleans (so `off` could name no preset)."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # pyyaml's own attribute
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text("utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: {error.problem or error.context}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+    if content is None:
+        raise ConfigError(f"{path} is empty. configs/default.yaml shows every key.")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}, line 1: a deployment is a mapping of keys, not a {type(content).__name__}.")
+    return content
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, object]]:
+    """Key of the server's part to the variable that overrides it and its value.
+
+    Foreign CASCADE_ variables are said, not refused: an orchestrator sets some for a service of that name.
+    """
+    found: dict[str, tuple[str, object]] = {}
+    for variable, text in sorted(environment.items()):
+        key = variable.removeprefix(ENV_PREFIX).lower()
+        if not variable.startswith(ENV_PREFIX) or variable in OTHER_VARIABLES:
+            continue
+        if key not in ServerSettings.model_fields:
+            logger.warning("The environment variable %s is not known and changes nothing.", variable)
+            continue
+        found[key] = (variable, [part.strip() for part in text.split(",") if part.strip()] if key == "api_keys" else text)
+    return found
+
+
+# ---------------------------------------------------------------------- explaining
+def _explain(details: ErrorDetails, content: dict[str, Any], path: Path, origins: Mapping[str, str]) -> str:
+    """One line for one mistake: where it stands, key, value, bound."""
+    if not details["loc"]:
+        return f"{path}: {details['ctx']['error']}"
+    key = ".".join(_keys(details, content))
+    name = origins.get(key) or f"{path}: {key}"
+    if details["type"] in ("missing", "extra_forbidden"):
+        return f"{name} - {_bound(details)}"
+    shown = "(hidden)" if "api_keys" in key else _shorten(details["input"])
+    return f"{name}: {shown} - {_bound(details)}"
+
+
+def _keys(details: ErrorDetails, content: Any) -> list[str]:
+    """The place of a mistake as keys of the file; pydantic's has the tag of a union among them, which is no key."""
+    keys: list[str] = []
+    last = details["loc"][-1] if details["type"] == "missing" else None
+    for part in details["loc"]:
+        is_key = part in content if isinstance(content, dict) else isinstance(content, list)
+        if is_key:
+            content = content[part]
+        if is_key or part == last:
+            keys.append(str(part))
+    return keys
+
+
+BOUNDS = {  # pydantic's error type to a sentence over its context
+    "missing": "is required",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "greater_than": "must be more than {gt}",
+    "finite_number": "must be a finite number",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must have no spaces and no colon",
+    "literal_error": "must be {expected}",
+    "union_tag_invalid": "{discriminator} must be one of {expected_tags}",
+    "union_tag_not_found": "needs {discriminator}",
+    "model_type": "must be a mapping of keys",
+    "model_attributes_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
+    "value_error": "{error}",
+}
+
+
+def _bound(details: ErrorDetails) -> str:
+    if details["type"] == "extra_forbidden":
+        return f"unknown key{_suggestion(str(details['loc'][-1]))}"
+    if details["type"] in BOUNDS:
+        return BOUNDS[details["type"]].format(**details.get("ctx", {}))
+    return details["msg"].removeprefix("Input ")
+
+
+def _suggestion(key: str) -> str:
+    """The key that was probably meant."""
+    sections = Deployment.model_json_schema()["$defs"].values()
+    known = {name for section in sections for name in section["properties"]} - {key}
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,178 @@
+"""An engine without a model, for tests of the server: says what a script tells it to, when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from engine.client import DeltaStream, Health
+from engine.errors import EngineDead, EngineError
+from engine.request import FinishReason, Request, Round, TokenDelta
+from engine.sched.admission import Admission
+from engine.stats import EngineInfo, StepStats
+
+
+def make_info(target_path: str = "", **changes: object) -> EngineInfo:
+    """What a small engine would say of itself."""
+    values: dict[str, object] = {
+        "incarnation": "fake-1",
+        "target": "some/where/tiny-target",
+        "drafter": "model:some/where/tiny drafter",
+        "target_path": target_path,
+        "device": "cpu",
+        "dtype": "float32",
+        "vocab_size": 1024,
+        "max_model_len": 512,
+        "end_token_ids": (),
+        "rules": ("exact",),
+        "max_draft": 4,
+        "max_sequences": 8,
+        "num_blocks": 64,
+        "block_size": 16,
+        "weight_bytes": 1,
+        "kv_bytes": 1,
+    }
+    return EngineInfo(**(values | changes))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One delta of a scripted answer."""
+
+    token_ids: tuple[int, ...]
+    round: Round | None = None
+    num_target_calls: int = 0
+    num_drafter_calls: int = 0
+
+
+@dataclass
+class Script:
+    """How the engine answers. Every choice of every request is answered alike."""
+
+    parts: Sequence[Part] | None = None  # None: the prompt's tokens, one a step
+    finish: FinishReason = FinishReason.LENGTH
+    delay: float = 0.0  # seconds a step
+    at_once: bool = False  # all deltas wait before the consumer sees the first
+    dies_after: int | None = None  # steps
+    refusal: EngineError | None = None  # raised by submit
+    num_cached_tokens: int = 0
+    endless: bool = False  # the parts again and again
+    hold: asyncio.Event | None = None  # nothing is said before this is set
+
+
+@dataclass
+class FakeEngine:
+    """Implements EngineClient on the event loop of the test."""
+
+    given_info: EngineInfo
+    script: Script = field(default_factory=Script)
+    max_queued: int = 256
+
+    def __post_init__(self) -> None:
+        self.health = Health(True, False, "the model is being loaded")
+        self.is_started = False
+        self.is_closed = False
+        self.requests: list[Request] = []
+        self.aborted: list[tuple[str, int]] = []
+        self.streams: dict[str, DeltaStream] = {}
+        self.callbacks: list[Callable[[StepStats], None]] = []
+        self.num_steps = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def info(self) -> EngineInfo:
+        if not self.is_started:
+            raise EngineDead("The engine is not started.")
+        return self.given_info
+
+    async def start(self) -> None:
+        assert not self.is_started
+        self.is_started = True
+        self.health = Health(True, True)
+
+    def submit(self, request: Request) -> DeltaStream:
+        if self.script.refusal is not None:
+            raise self.script.refusal
+        Admission(self.info, self.max_queued).check(request, sum(len(s.open_choices) for s in self.streams.values()))
+        self.requests.append(request)
+        stream = DeltaStream(request, self._abort)
+        self.streams[request.id] = stream
+        task = asyncio.ensure_future(self._answer(request, stream, self.script))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return stream
+
+    def on_step(self, callback: Callable[[StepStats], None]) -> None:
+        self.callbacks.append(callback)
+
+    async def close(self) -> None:
+        self.is_closed = True
+        self.die("The engine was closed.")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def die(self, reason: str) -> None:
+        """Fail all that is open, as an engine does."""
+        self.health = Health(False, False, reason)
+        for stream in self.streams.values():
+            stream.fail(EngineDead(reason))
+        self.streams.clear()
+
+    def _abort(self, request_id: str, choice: int) -> None:
+        self.aborted.append((request_id, choice))
+        stream = self.streams.get(request_id)
+        if stream is not None and not stream.open_choices:
+            del self.streams[request_id]
+
+    async def _answer(self, request: Request, stream: DeltaStream, script: Script) -> None:
+        if script.hold is not None:
+            await script.hold.wait()
+        parts = list(script.parts) if script.parts is not None else [Part((token,)) for token in request.prompt_ids]
+        num_left = request.sampling.max_tokens
+        while num_left:
+            for i, part in enumerate(parts):
+                if script.dies_after is not None and self.num_steps >= script.dies_after:
+                    self.die("The engine stopped at an internal error.")
+                if not stream.open_choices or request.id not in self.streams:
+                    return
+                part = replace(part, token_ids=part.token_ids[:num_left])
+                num_left -= len(part.token_ids)
+                is_last = not num_left or (i == len(parts) - 1 and not script.endless)
+                await self._step(request, stream, part, script, is_last)
+                if is_last:
+                    self.streams.pop(request.id, None)
+                    return
+
+    async def _step(self, request: Request, stream: DeltaStream, part: Part, script: Script, is_last: bool) -> None:
+        if not script.at_once:
+            await asyncio.sleep(script.delay)
+        self.num_steps += 1
+        for choice in request.choices:
+            delta = TokenDelta(
+                request_id=request.id,
+                choice=choice.index,
+                token_ids=part.token_ids,
+                finish_reason=script.finish if is_last else None,
+                round=part.round,
+                num_cached_tokens=script.num_cached_tokens,
+                queue_seconds=0.002,
+                num_target_calls=part.num_target_calls,
+                num_drafter_calls=part.num_drafter_calls,
+            )
+            stream.deliver(delta)
+        stats = StepStats(
+            step_seconds=0.004,
+            num_running=1,
+            num_waiting=0,
+            num_blocks=64,
+            num_used_blocks=3,
+            num_target_tokens=5,
+            num_emitted_tokens=len(part.token_ids),
+            num_preemptions=0,
+            num_prefix_queried_tokens=10 if self.num_steps == 1 else 0,
+            num_prefix_hit_tokens=4 if self.num_steps == 1 else 0,
+        )
+        for callback in self.callbacks:
+            callback(stats)

@@ -1,0 +1,72 @@
+"""Whatever a client sends, the server is not to blame."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.openai.convert import NOT_IMPLEMENTED, header_safe
+from server.openai.schema import ChatBody, CompletionBody
+from tests.server.conftest import serve
+
+KNOWN = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *NOT_IMPLEMENTED})
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]) | JSON, "content": st.text(max_size=20) | JSON}
+)
+VALID: dict[str, st.SearchStrategy[Any]] = {
+    "model": st.sampled_from(["tiny", "tiny:off"]),
+    "messages": st.lists(MESSAGE, min_size=1, max_size=3),
+    "prompt": st.text(max_size=20) | st.lists(st.integers(0, 300), max_size=5),
+}
+OBJECT = st.builds(
+    dict.__or__, st.fixed_dictionaries(VALID), st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=5), JSON, max_size=3)
+)
+BODY = st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()) | OBJECT.map(lambda value: json.dumps(value).encode())
+PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions"])
+
+
+@given(st.lists(st.tuples(PATHS, BODY), min_size=20, max_size=20))
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
+)
+def test_no_request_gets_a_5xx(folder: Path, requests: list[tuple[str, bytes]]) -> None:
+    async def send_all() -> None:
+        async with serve(folder) as served:
+            for path, body in requests:
+                response = await served.http.post(path, content=body, headers={"content-type": "application/json"})
+                check(response)
+            assert not served.engine.streams
+
+    asyncio.run(send_all())
+
+
+def check(response: httpx.Response) -> None:
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert list(response.json()["error"]) == ["message", "type", "param", "code"]
+    response.headers.get("x-cascade-ignored", "").encode("ascii")
+
+
+@given(st.lists(st.text(st.characters(), min_size=1)))
+def test_header_values_are_safe(names: list[str]) -> None:
+    value = header_safe(names)
+    assert all(0x21 <= ord(char) <= 0x7E for char in value)
+    assert len(value) <= 1028

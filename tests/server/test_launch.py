@@ -1,0 +1,86 @@
+"""`cascade check` on tiny models, without network, and the port that `cascade serve` binds."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from engine.errors import ConfigError
+from engine.model.loader import quiet_transformers
+from server.cli import app
+from server.launch import bind
+from server.settings import ServerSettings
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+HUB_CONFIGS = sorted(file for file in CONFIGS.glob("*.yaml") if file.name != "default.yaml")
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Path:
+    sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with quiet_transformers():
+        LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, max_position_embeddings=64)).save_pretrained(tmp_path / "tiny")
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        f"model: {{name: tiny, target: {{source: {tmp_path / 'tiny'}, dtype: float32}}, drafter: {{kind: ngram}}}}\n"
+        "speculation: {presets: {off: {enabled: false}}}\nengine: {device: cpu, kv_cache: 16KiB, block_size: 8, max_sequences: 2}\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize("mode", [["--no-load"], []])
+def test_check_prints_what_would_be_served(mode: list[str], deployment: Path) -> None:
+    result = runner.invoke(app, ["check", str(deployment), *mode], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    shown = {cells[1].strip(): cells[2].strip() for line in result.stdout.splitlines() if len(cells := line.split("│")) == 4}
+    assert shown["model ids"] == "tiny, tiny:off"
+    assert shown["KV of a token"] == "128 B"  # keys and values, 2 layers, 1 head of 8 values, 4 bytes
+    assert shown["blocks"] == "16 of 8 tokens"
+    assert shown["served context"] == "64 tokens"
+    assert shown["device, dtype"] == "cpu, float32"
+
+
+def test_check_refuses_what_could_not_be_served(deployment: Path) -> None:
+    deployment.write_text(deployment.read_text().replace("16KiB", "16KiB, max_model_len: 65"))
+    result = runner.invoke(app, ["check", str(deployment), "--no-load"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: engine.max_model_len: 65 - must be at most 64")
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("file", HUB_CONFIGS, ids=lambda file: file.name)
+def test_ready_made_pairs_are_checked_without_network(file: Path) -> None:
+    result = runner.invoke(app, ["check", str(file), "--no-load"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "unknown offline" in result.stdout
+
+
+@pytest.mark.usefixtures("offline")
+def test_check_with_loading_needs_the_models(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["check", str(HUB_CONFIGS[0])])
+    assert result.exit_code == 2
+    assert "HF_HUB_OFFLINE is set" in result.stderr
+
+
+def test_a_taken_port_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"server\.port: {port} - is taken on 127\.0\.0\.1"):
+            bind(ServerSettings(port=port))
+
+
+def test_an_address_of_another_machine_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"server\.host: '192\.0\.2\.1'"):
+        bind(ServerSettings(host="192.0.2.1"))

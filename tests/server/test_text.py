@@ -1,0 +1,250 @@
+"""Text to ids and back, against the naive way: decode everything, then look."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from engine.errors import InvalidRequest, SourceError
+from server.text import ChatTemplate, Detokenizer, StopScanner, TextTokenizer
+from tests.server.conftest import SPECIAL, TEMPLATE, build_tokenizer
+
+TINY = build_tokenizer()
+TEXT = TextTokenizer(TINY.to_str(), ChatTemplate(TEMPLATE))
+WITH_BOS = TextTokenizer(build_tokenizer(add_bos=True).to_str())
+
+
+def stream(tokenizer: TextTokenizer, ids: list[int]) -> list[str]:
+    detokenizer = tokenizer.detokenizer()
+    return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
+
+
+# ---------------------------------------------------------------------- detokenising
+@given(st.lists(st.integers(0, TINY.get_vocab_size() + 3)))
+def test_pieces_make_the_text(ids: list[int]) -> None:
+    assert "".join(stream(TEXT, ids)) == TINY.decode(ids, skip_special_tokens=True)
+
+
+@given(st.text())
+def test_text_survives(text: str) -> None:
+    pieces = stream(TEXT, TINY.encode(text, add_special_tokens=False).ids)
+    if not any(literal in text for literal in SPECIAL):
+        assert "".join(pieces) == text
+
+
+@given(st.lists(st.integers(3, 258)), st.data())
+def test_at_most_one_character_is_held_back(ids: list[int], data: st.DataObject) -> None:
+    end = data.draw(st.integers(0, len(ids)))
+    sent = "".join(stream(TEXT, ids[:end])[:-1])
+    naive = TINY.decode(ids[:end], skip_special_tokens=True)
+    assert naive == sent or naive == sent + "\ufffd"
+
+
+def test_a_character_is_never_split() -> None:
+    ids = TINY.encode("a\N{GRINNING FACE}b\N{THUMBS UP SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-4}", add_special_tokens=False).ids
+    assert [piece for piece in stream(TEXT, ids) if piece] == list(
+        "a\N{GRINNING FACE}b\N{THUMBS UP SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-4}"
+    )
+
+
+def test_unfinished_bytes_come_out_at_the_end() -> None:
+    ids = TINY.encode("\N{GRINNING FACE}", add_special_tokens=False).ids[:-1]
+    assert stream(TEXT, ids) == [""] * len(ids) + ["\ufffd"]
+
+
+def test_garbage_holds_nothing_back() -> None:
+    invalid = TINY.get_vocab()["ÿ"]  # byte 0xff
+    assert stream(TEXT, [invalid] * 50)[:-1] == ["\ufffd"] * 50
+
+
+def test_special_tokens_have_no_text() -> None:
+    hello = TINY.encode("hello").ids
+    assert "".join(stream(TEXT, [1, *hello, 2, 0])) == "hello"
+
+
+def sentencepiece_like() -> Tokenizer:
+    """Words with a leading mark, and bytes for what has no word, as Llama 2 has them."""
+    words = ["<unk>", "</s>", "▁the", "▁cat", "s", "▁", "!"]
+    vocab = {token: i for i, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+FALLBACK = sentencepiece_like()
+FALLBACK_TEXT = TextTokenizer(FALLBACK.to_str())
+
+
+@given(st.lists(st.one_of(st.integers(2, 6).map(lambda i: [i]), st.text(max_size=3).map(lambda t: [7 + b for b in t.encode()]))))
+def test_byte_fallback_makes_the_text(runs: list[list[int]]) -> None:
+    ids = [2, *(token for run in runs for token in run)]  # a text that begins with a word
+    assert "".join(stream(FALLBACK_TEXT, ids)) == FALLBACK.decode(ids)
+
+
+def test_byte_fallback_keeps_what_was_valid() -> None:
+    emoji = [7 + byte for byte in "\N{GRINNING FACE}".encode()]
+    assert "".join(stream(FALLBACK_TEXT, [2, *emoji, *emoji[:2]])) == "the\N{GRINNING FACE}\ufffd"
+
+
+def test_the_cost_of_a_token_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    decode = FALLBACK_TEXT.decode
+
+    def noted(ids: Sequence[int]) -> str:
+        lengths.append(len(ids))
+        return decode(ids)
+
+    monkeypatch.setattr(FALLBACK_TEXT, "decode", noted)
+    stream(FALLBACK_TEXT, [2, 3, 4] * 50)
+    assert max(lengths) <= Detokenizer.CONTEXT + 1
+
+
+# ---------------------------------------------------------------------- stop strings
+def naive_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+    """What stands before the stop string that is complete first; of two that end together, the longer one."""
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    return (text[: min(ends)[1]], True) if ends else (text, False)
+
+
+@given(st.lists(st.text("ab", max_size=4)), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
+def test_stops_are_found_as_naively(pieces: list[str], stops: list[str]) -> None:
+    scanner = StopScanner(stops)
+    out = "".join(scanner.push(piece) for piece in pieces) + scanner.flush()
+    assert (out, scanner.is_stopped) == naive_stop("".join(pieces), stops)
+
+
+@given(st.lists(st.text("ab", max_size=4)), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
+def test_only_a_possible_stop_is_held_back(pieces: list[str], stops: list[str]) -> None:
+    scanner = StopScanner(stops)
+    sent = "".join(scanner.push(piece) for piece in pieces)
+    if not scanner.is_stopped:
+        text = "".join(pieces)
+        ends = [length for stop in stops for length in range(len(stop)) if text.endswith(stop[:length])]
+        assert sent == text[: len(text) - max(ends, default=0)]
+
+
+def test_a_long_stop_string_costs_no_more() -> None:
+    scanner = StopScanner(["a" * 50_000 + "b"])
+    assert "".join(scanner.push("a" * 100) for _ in range(2000)) == "a" * 150_000
+
+
+# ---------------------------------------------------------------------- prompts
+def test_bos_is_added_once() -> None:
+    hello = TINY.encode("hello").ids
+    assert WITH_BOS.encode("hello") == [0, *hello]
+    assert WITH_BOS.encode("<|endoftext|>hello") == [0, *hello]
+    assert WITH_BOS.encode("<|endoftext|><|endoftext|>hello") == [0, 0, *hello]
+    assert WITH_BOS.encode("") == [0]
+    assert TEXT.encode("hello") == hello
+
+
+def test_a_prompt_may_hold_special_tokens() -> None:
+    assert TEXT.encode("<|im_start|>")[0] == 1
+
+
+# ---------------------------------------------------------------------- chat
+def test_a_chat_is_rendered_and_encoded() -> None:
+    expected = TINY.encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
+    assert TEXT.encode_chat([{"role": "user", "content": "hello"}]) == expected
+
+
+@given(
+    st.lists(st.one_of(st.sampled_from([*SPECIAL, "<think>", "<", "<|im_", "\ue000", "\ue0010"]), st.text(max_size=4)), max_size=6).map(
+        "".join
+    )
+)
+@settings(max_examples=200)
+def test_special_tokens_of_a_user_stay_text(content: str) -> None:
+    ids = TEXT.encode_chat([{"role": "user", "content": content}])
+    assert [token for token in ids if token < 3] == [1, 2, 1]
+    assert TINY.decode(ids, skip_special_tokens=False) == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@given(st.text(max_size=30))
+def test_both_ways_of_encoding_a_chat_agree(content: str) -> None:
+    """A literal in one message changes nothing about another one."""
+    if any(literal in content for literal in SPECIAL):
+        return
+    plain = TEXT.encode_chat([{"role": "user", "content": content}])
+    careful = TEXT.encode_chat([{"role": "user", "content": content}, {"role": "user", "content": SPECIAL[0]}])
+    generation = len(TINY.encode("<|im_start|>assistant\n").ids)
+    assert careful[: len(plain) - generation] == plain[:-generation]
+
+
+def test_white_space_goes_with_a_token_that_takes_it() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<|turn|>", special=True, rstrip=True)])
+    text = TextTokenizer(tokenizer.to_str(), ChatTemplate("<|turn|>\n{{ messages[0].content }}"))
+    turn = tokenizer.token_to_id("<|turn|>")
+    assert text.encode_chat([{"role": "user", "content": "hello"}]) == [turn, *TINY.encode("hello").ids]
+    careful = text.encode_chat([{"role": "user", "content": "<|turn|>"}])
+    assert careful[0] == turn
+    assert turn not in careful[1:]
+    assert tokenizer.decode(careful[1:]) == "<|turn|>"
+
+
+def test_a_template_that_refuses_is_the_clients_mistake() -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    with pytest.raises(InvalidRequest, match="must come first") as caught:
+        TEXT.encode_chat(messages)
+    assert caught.value.param == "messages"
+    for source in ("{{ messages[7].content.x }}", "{{ 1 + messages[0].content }}", "{{ ''.__class__.__mro__ }}{{ 1/0 }}"):
+        with pytest.raises(InvalidRequest, match="refuses"):
+            ChatTemplate(source).render(messages)
+
+
+def test_templates_have_what_transformers_gives_them() -> None:
+    loop = "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}"
+    source = loop + "{{ bos_token }}{{ strftime_now('%Y') | length }}"
+    rendered = ChatTemplate(source, {"bos_token": "<s>"}).render([{"role": "user", "content": "<é>"}, {"role": "user", "content": "2"}])
+    assert rendered == '{"role": "user", "content": "<é>"}<s>4'
+
+
+def test_developer_is_system_unless_the_template_knows_it() -> None:
+    message = [{"role": "developer", "content": ""}]
+    assert ChatTemplate("{{ messages[0].role }}").render(message) == "system"
+    assert ChatTemplate("{{ messages[0].role }}{# developer #}").render(message) == "developer"
+
+
+# ---------------------------------------------------------------------- folders
+def test_a_folder_is_read(folder: Path) -> None:
+    text = TextTokenizer.from_folder(folder)
+    assert text.has_chat_template
+    assert text.encode_chat([{"role": "user", "content": "x"}]) == TEXT.encode_chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "entry", ["T{{ bos_token }}", [{"name": "rag", "template": "no"}, {"name": "default", "template": "T{{ bos_token }}"}]]
+)
+def test_templates_in_the_config(tmp_path: Path, entry: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry, "bos_token": "<s>", "pad_token": None}), "utf-8")
+    template = ChatTemplate.from_folder(tmp_path)
+    assert template is not None
+    assert template.render([]) == "T<s>"
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    text = TextTokenizer.from_folder(tmp_path)
+    assert not text.has_chat_template
+    assert stream(text, [3, 14, 1]) == [" 3", " 14", " 1", ""]
+    with pytest.raises(InvalidRequest, match="no tokenizer"):
+        text.encode("hello")
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        text.encode_chat([{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", "{"), ("chat_template.jinja", "{% if %}"), ("tokenizer_config.json", "[1")]
+)
+def test_a_broken_folder_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, "utf-8")
+    with pytest.raises(SourceError):
+        TextTokenizer.from_folder(tmp_path)
