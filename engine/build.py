@@ -33,7 +33,7 @@ from engine.model.attention import IMPLEMENTATION
 from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
 from engine.model.paged import PagedModel, kv_bytes_per_token
 from engine.model.runner import ModelRunner
-from engine.model.source import Progress, resolve, silent
+from engine.model.source import Progress, fetch_config, locate, resolve, silent
 from engine.model.stack import DecoderStack
 from engine.plan import Drafter, DraftLengthPolicy, LogitsProcessor, Rule
 from engine.request import Choice, Request, SamplingParams
@@ -93,6 +93,8 @@ def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | N
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     drafter_source = config.model.drafter if isinstance(config.model.drafter, ModelDrafterConfig) else None
+    for source in filter(None, (config.model.target, drafter_source)):
+        _refuse_early(source)
     target_path = resolve(config.model.target, cache_dir, progress)
     drafter_path = resolve(drafter_source, cache_dir, progress) if drafter_source else None
     if drafter_source and drafter_path:  # before minutes are spent on weights
@@ -171,6 +173,14 @@ def _drafter_name(config: EngineConfig) -> str:
 
 def _pair_member(source: ModelSource, path: Path) -> PairMember:
     return PairMember(source.source, path, read_config(path).vocab_size)
+
+
+def _refuse_early(source: ModelSource) -> None:
+    """Read a hub model's config before its weights are fetched: gigabytes may take an hour, a refusal should not."""
+    if locate(source) is None:
+        folder = fetch_config(source)
+        if folder is not None:
+            read_config(folder)
 
 
 def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, progress: Progress) -> Member:

@@ -29,7 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float = 0.0  # keep tokens at least this likely relative to the most likely one, in [0, 1]
     seed: int = 0  # 64 bits; a caller that was given none draws one
     is_seeded: bool = False  # the client gave the seed: every position gets a drafter's row, see engine/README.md
-    stop_token_ids: tuple[int, ...] = ()  # emitted, and then the answer ends
+    stop_token_ids: tuple[int, ...] = ()  # emitted, and then the answer ends; callers include EngineInfo.end_token_ids
 
 
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):

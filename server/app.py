@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -27,16 +28,23 @@ from server.text import TextTokenizer
 TokenizerLoader = Callable[[str], TextTokenizer]
 
 
-def create_app(engine: EngineClient, deployment: Deployment, load_tokenizer: TokenizerLoader = TextTokenizer.from_folder) -> FastAPI:
+def create_app(
+    engine: EngineClient,
+    deployment: Deployment,
+    load_tokenizer: TokenizerLoader = TextTokenizer.from_folder,
+    waits_for_engine: bool = True,
+) -> FastAPI:
     """An application over one engine.
 
     Its lifespan starts the engine unless it was started before, reads the tokenizer in `engine.info.target_path`, and closes the
-    engine at the end. `app.state.draining.begin()` is for whoever handles SIGTERM.
+    engine at the end. With `waits_for_engine` False it serves while that goes on, /health with 200 and /ready with 503; then the task
+    `app.state.loading` says how it ended. `app.state.draining.begin()` is for whoever handles SIGTERM.
     """
     app = FastAPI(title="Cascade Serve", version=_version(), lifespan=_lifespan, redirect_slashes=False, strict_content_type=False)
     app.state.engine = engine
     app.state.deployment = deployment
     app.state.load_tokenizer = load_tokenizer
+    app.state.waits_for_engine = waits_for_engine
     app.state.metrics = Metrics(deployment.model.name)
     app.state.draining = Draining(deployment.server.drain_seconds)
     app.state.serving = None  # until the model is loaded
@@ -51,25 +59,33 @@ def create_app(engine: EngineClient, deployment: Deployment, load_tokenizer: Tok
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    engine: EngineClient = app.state.engine
+    app.state.loading = loading = asyncio.ensure_future(_load(app))
     try:
-        info = await _started(engine)
-        app.state.serving = Serving(
-            engine=engine,
-            info=info,
-            tokenizer=app.state.load_tokenizer(info.target_path),
-            deployment=app.state.deployment,
-            metrics=app.state.metrics,
-            draining=app.state.draining,
-            fingerprint=fingerprint(app.version, info),
-            started_at=int(time.time()),
-        )
-        engine.on_step(app.state.metrics.observe_step)
-        app.state.draining.attach()
+        if app.state.waits_for_engine:
+            await loading
         yield
     finally:
         app.state.draining.detach()
-        await engine.close()
+        loading.cancel()
+        await app.state.engine.close()
+
+
+async def _load(app: FastAPI) -> EngineInfo:
+    engine: EngineClient = app.state.engine
+    info = await _started(engine)
+    app.state.serving = Serving(
+        engine=engine,
+        info=info,
+        tokenizer=app.state.load_tokenizer(info.target_path),
+        deployment=app.state.deployment,
+        metrics=app.state.metrics,
+        draining=app.state.draining,
+        fingerprint=fingerprint(app.version, info),
+        started_at=int(time.time()),
+    )
+    engine.on_step(app.state.metrics.observe_step)
+    app.state.draining.attach()
+    return info
 
 
 async def _started(engine: EngineClient) -> EngineInfo:

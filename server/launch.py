@@ -1,6 +1,6 @@
 """Runs one deployment as an HTTP server: binds, loads, serves, drains. The only place that handles signals.
 
-The port is taken before the model is loaded, so that a taken one is said at once, but it is listened on only when everything is warm.
+It listens from the beginning: while the model is loaded /health is 200 and /ready is 503.
 SIGTERM or Ctrl-C stops admission and lets what runs finish for up to `drain_seconds`; a second signal ends the process at once.
 """
 
@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from fastapi import FastAPI
 
 from engine.build import build
 from engine.client import ThreadClient
@@ -42,16 +43,34 @@ async def _run(deployment: Deployment, say: Say) -> None:
         ending = Ending(say)
         ending.listen()
         engine = ThreadClient(lambda: build(deployment.engine_part, say), deployment.server.max_queued_requests)
-        await engine.start()
-        say(_loaded(engine.info))
-        app = create_app(engine, deployment)
-        server = Server(_uvicorn_config(app, deployment.server), lambda: say(_ready(deployment, listener)))
-        ending.serve(server, app.state.draining, deployment.server.drain_seconds)
+        app = create_app(engine, deployment, waits_for_engine=False)
+        server = Server(_uvicorn_config(app, deployment.server))
+        serving = asyncio.ensure_future(server.serve([listener]))
         try:
-            await server.serve([listener])
-        except OSError as error:
-            raise _refused(deployment.server, error) from error
+            info = await _loaded_by(server, serving, app)
+            say(_loaded(info))
+            ending.serve(server, app.state.draining, deployment.server.drain_seconds)
+            say(_ready(deployment, listener))
+        except BaseException:
+            server.should_exit = True
+            raise
+        finally:
+            try:
+                await serving
+            except OSError as error:
+                raise _refused(deployment.server, error) from error
         say("Stopped")
+
+
+async def _loaded_by(server: Server, serving: asyncio.Future[None], app: FastAPI) -> EngineInfo:
+    """Wait until the app has loaded. Raises what loading raised, or what kept the server from listening."""
+    listening = asyncio.ensure_future(server.listening.wait())
+    await asyncio.wait((serving, listening), return_when=asyncio.FIRST_COMPLETED)
+    if not listening.done():
+        listening.cancel()
+        await serving
+    info: EngineInfo = await app.state.loading
+    return info
 
 
 def bind(settings: ServerSettings) -> socket.socket:
@@ -78,9 +97,9 @@ def _refused(settings: ServerSettings, error: OSError) -> ConfigError:
 class Server(uvicorn.Server):
     """uvicorn that leaves signals to us and says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config):
         super().__init__(config)
-        self._announce = announce
+        self.listening = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -89,7 +108,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._announce()
+        self.listening.set()
 
 
 class Ending:
