@@ -34,8 +34,11 @@ class Serving:
     started_at: int  # Unix time
 
 
-def get_serving(request: Request) -> Serving:
-    """The state of the app. Raises NotLoaded or ShuttingDown: whoever depends on it takes part in neither."""
+async def get_serving(request: Request) -> Serving:
+    """The state of the app. Raises NotLoaded or ShuttingDown: whoever depends on it takes part in neither.
+
+    A coroutine, since FastAPI would call a plain function in a thread.
+    """
     serving: Serving | None = request.app.state.serving
     if serving is None:
         raise NotLoaded

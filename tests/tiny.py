@@ -41,11 +41,11 @@ VOCAB = 24
 
 
 @cache
-def target_model(dtype: torch.dtype = torch.float64) -> Any:
+def target_model(dtype: torch.dtype = torch.float64, vocab: int = VOCAB) -> Any:
     """A random Llama whose rows are far from uniform."""
     torch.manual_seed(11)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
@@ -60,9 +60,9 @@ def target_model(dtype: torch.dtype = torch.float64) -> Any:
 
 
 @cache
-def drafter_model(dtype: torch.dtype = torch.float64) -> Any:
+def drafter_model(dtype: torch.dtype = torch.float64, vocab: int = VOCAB) -> Any:
     """The target with noise on every weight: it agrees often, and not always."""
-    model = copy.deepcopy(target_model(dtype))
+    model = copy.deepcopy(target_model(dtype, vocab))
     generator = torch.Generator().manual_seed(12)
     for weight in model.parameters():
         weight += 0.05 * torch.randn(weight.shape, generator=generator, dtype=dtype)
@@ -140,6 +140,9 @@ class Setup:
     max_step_tokens: int = 32
     max_drafter_tokens: int | None = None
     max_sequences: int = 8
+    vocab: int = VOCAB
+    path: Path = Path("target")  # folder with the tokenizer, for tests that have one
+    end_token_ids: tuple[int, ...] = ()
 
 
 _DRAFTERS: dict[str, DrafterConfig] = {
@@ -152,10 +155,11 @@ _DRAFTERS: dict[str, DrafterConfig] = {
 def make_core(setup: Setup) -> EngineCore:
     """An engine over the tiny models."""
     # the paged attention is set on a shallow copy's config, so that the naive model keeps its own
-    target = Member(DecoderStack(copy.deepcopy(target_model())), 64, Path("target"))
+    target = Member(DecoderStack(copy.deepcopy(target_model(vocab=setup.vocab))), 64, setup.path, setup.end_token_ids)
     drafter = None
     if setup.drafter == "model":
-        drafter = Member(DecoderStack(copy.deepcopy(drafter_model())), min(64, setup.drafter_context), Path("drafter"))
+        model = copy.deepcopy(drafter_model(vocab=setup.vocab))
+        drafter = Member(DecoderStack(model), min(64, setup.drafter_context), Path("drafter"))
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(
         model=ModelPair(name="tiny", target=ModelSource(source="target"), drafter=_DRAFTERS[setup.drafter]),
