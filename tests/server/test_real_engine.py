@@ -193,9 +193,8 @@ async def test_the_same_seed_gives_the_same_text_under_load_and_alone(folder: Pa
             return [choice["text"] for choice in answer["choices"]]
 
         alone = await text()
-        together = await asyncio.gather(
-            text(), *(text(seed=i, prompt=[i, i]) for i in range(6)), text(n=2), text(speculation={"max_draft": 1})
-        )
+        neighbours = [text(seed=i, prompt=[i, i]) for i in range(6)]
+        together = await asyncio.gather(text(), *neighbours, text(n=2), text(speculation={"max_draft": 1}))
         assert together[0] == alone
         assert together[-2][0] == alone[0], "choice 0 of two is choice 0 alone"
         assert together[-1] == alone
