@@ -1,0 +1,78 @@
+"""From files to a running engine: a pair on disk, with tokenizers; what cannot be a pair is refused before weights are read."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ByteSize
+from tokenizers import Tokenizer, models
+
+from engine.build import build
+from engine.config import DrafterConfig, EngineConfig, ModelDrafterConfig, ModelPair, ModelSource, NGramDrafterConfig, RuntimeConfig
+from engine.errors import IncompatiblePair, SourceError, UnsupportedModel
+from engine.request import Request, SamplingParams
+from tests.reference import answer
+from tests.tiny import VOCAB, drafter_model, drive, naive_drafter, naive_target, target_model
+
+
+def save(model: Any, folder: Path, words: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        copy.deepcopy(model).save_pretrained(folder)
+    Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])).save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pair")
+    words = [f"w{i}" for i in range(VOCAB - 2)]  # two rows of the embedding are padding
+    save(target_model(), root / "target", words)
+    save(drafter_model(), root / "drafter", words)
+    save(drafter_model(), root / "stranger", [*words[:-1], "other"])
+    return root
+
+
+def config(root: Path, drafter: DrafterConfig) -> EngineConfig:
+    return EngineConfig(
+        model=ModelPair(name="tiny", target=ModelSource(source=str(root / "target"), dtype="float64"), drafter=drafter),
+        engine=RuntimeConfig(device="cpu", kv_cache=ByteSize(1 << 18), block_size=4),
+    )
+
+
+def test_a_pair_on_disk_is_served(pair: Path) -> None:
+    said: list[str] = []
+    core = build(config(pair, ModelDrafterConfig(source=str(pair / "drafter"), dtype="float64")), said.append)
+    assert core.info.drafter == f"model:{pair / 'drafter'}"
+    assert core.info.vocab_size == VOCAB
+    assert core.info.max_model_len == 64
+    assert any("Warming up" in line for line in said)
+    request = Request(id="x", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=12, seed=5, is_seeded=True))
+    assert drive(core, [request]).tokens == {("x", 0): answer(request, naive_target(), naive_drafter())}
+
+
+def test_another_tokenizer_is_refused_with_both_named(pair: Path) -> None:
+    with pytest.raises(IncompatiblePair) as caught:
+        build(config(pair, ModelDrafterConfig(source=str(pair / "stranger"))))
+    for part in (str(pair / "target"), str(pair / "stranger"), "'w21'", "'other'"):
+        assert part in str(caught.value)
+
+
+def test_what_cannot_be_served_is_refused_by_name(pair: Path, tmp_path: Path) -> None:
+    file = tmp_path / "target" / "config.json"
+    file.parent.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (file.parent / name).symlink_to(pair / "target" / name)
+    original = json.loads((pair / "target" / "config.json").read_text())
+    for change, words in (
+        ({"model_type": "mamba"}, "'mamba'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+    ):
+        file.write_text(json.dumps(original | change))
+        with pytest.raises(UnsupportedModel, match=words):
+            build(config(tmp_path, NGramDrafterConfig()))
+    with pytest.raises(SourceError, match="nowhere"):
+        build(config(tmp_path / "nowhere", NGramDrafterConfig()))
