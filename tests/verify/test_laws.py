@@ -49,13 +49,16 @@ def expected_pi(rule: str, q: Row, p: Row, raw_q: Row | None, raw_p: Row) -> Row
 def test_accept_or_recover_has_exactly_the_law_pi(rule: str, is_dense: bool) -> None:
     """q * min(1, pi / q) + lost * residual == pi to 1e-12, for every rule, temperature and mask."""
     generator, vocab, num = torch.Generator().manual_seed(5), 7, 200
-    for temperature, is_masked in itertools.product((0.0, 0.5, 1.0), (False, True)):
+    for temperature, masked in itertools.product((0.0, 0.5, 1.0), ("none", "both models", "target only")):
         q_logits, p_logits = (3 * torch.randn(num, vocab, generator=generator, dtype=torch.float64) for _ in range(2))
         allowed = None
-        if is_masked:  # both models are masked, as every hard mask is
+        if masked != "none":  # a drafter that cannot mask drafts what is forbidden; no rule may let that stand
             allowed = torch.rand(num, vocab, generator=generator) < 0.6
             allowed[:, 2] = True
-            q_logits, p_logits = (x.masked_fill(~allowed, -torch.inf) for x in (q_logits, p_logits))
+            p_logits = p_logits.masked_fill(~allowed, -torch.inf)
+        if masked == "both models":
+            assert allowed is not None
+            q_logits = q_logits.masked_fill(~allowed, -torch.inf)
         p = Rows(at_temperature(p_logits, temperature), p_logits, allowed)
         drafted = torch.randint(vocab, (num,), generator=generator)
         q = at_temperature(q_logits, temperature) if is_dense else torch.nn.functional.one_hot(drafted, vocab).double()
@@ -218,6 +221,25 @@ def test_counts_of_deferred_and_lossy_kept_drafts() -> None:
         rows = RowBatch((sequence(rule),) * 3, (0, 1, 2), (0, 0, 0), ids)
         verdict = Verifier(TEST_RULES).verify(batch, p, rows)
         assert (verdict.num_accepted, verdict.deferred_masks, verdict.lossy_masks) == ((accepted,), (deferred,), (lossy,)), rule
+
+
+def test_what_stands_behind_a_rejection_is_not_counted() -> None:
+    """Position 0 is rejected; the draft at position 1 would have stood, and only thanks to the rule."""
+    q_logits = torch.log(torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0.9, 0.04, 0.03, 0.03], [0.25] * 4]], dtype=torch.float64))
+    p_logits = torch.log(torch.tensor([[1e-9, 0.5, 0.3, 0.2]] * 3, dtype=torch.float64))
+    ids = torch.tensor([[0, 0]])
+    batch = DraftBatch((2,), ids, [[QKind.DENSE] * 3], Rows(q_logits.exp(), q_logits, None), (0,), (False,), (0,))
+    rows = RowBatch((sequence("confident"),) * 3, (0, 1, 2), (0, 0, 0), ids)
+    verdict = Verifier(TEST_RULES).verify(batch, Rows(p_logits.exp(), p_logits, None), rows)
+    assert (verdict.num_accepted, verdict.deferred_masks, verdict.lossy_masks) == ((0,), (0b1,), (0,))
+
+
+def test_a_row_that_sums_to_more_than_one_keeps_what_is_kept() -> None:
+    """1 - q(A) may come out below zero; pi / q would then fall below 1 on A and reject what the rule trusts."""
+    q = Rows(torch.tensor([[0.5, 0.25, 0.2500001]]), torch.zeros(1, 3), None)
+    p = Rows(torch.tensor([[0.34, 0.33, 0.33]]), torch.zeros(1, 3), None)
+    at, _, _ = _pieces("likely", q, p, torch.tensor([0]), 3)
+    assert (at >= q.probs).all()
 
 
 # ---------------------------------------------------------------- sampled, through the whole engine
