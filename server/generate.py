@@ -16,8 +16,9 @@ from engine.client import Stream
 from engine.errors import EngineDead, ServerError
 from engine.request import FinishReason, Request, Round, TokenDelta
 from server.deps import Serving
+from server.detokenize import StopScanner
 from server.record import ChoiceRecord, RequestRecord
-from server.text import StopScanner, TextTokenizer
+from server.text import TextTokenizer
 
 
 @dataclass(frozen=True)

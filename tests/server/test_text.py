@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from engine.errors import InvalidRequest, SourceError
-from server.text import ChatTemplate, Detokenizer, StopScanner, TextTokenizer
+from server.detokenize import Detokenizer, StopScanner
+from server.template import ChatTemplate
+from server.text import TextTokenizer
 from tests.server.conftest import SPECIAL, TEMPLATE, build_tokenizer
 
 TINY = build_tokenizer()
