@@ -154,8 +154,8 @@ class DraftLengthPolicy(Protocol):
 
     max_length: int
 
-    def lengths(self, seqs: ListLike[Sequence], budget: int) -> list[int]:
-        """Drafts for each sequence, in all at most `budget`."""
+    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
+        """Drafts for each sequence, at most its limit, in all at most `budget`."""
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int) -> None: ...
 

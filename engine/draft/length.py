@@ -31,8 +31,8 @@ class FixedLength:
     def __init__(self, max_length: int):
         self.max_length = max_length
 
-    def lengths(self, seqs: ListLike[Sequence], budget: int) -> list[int]:
-        return share_budget([self.max_length] * len(seqs), budget)
+    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
+        return share_budget([min(self.max_length, limit) for limit in limits], budget)
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int) -> None:
         """A fixed length learns nothing."""
@@ -52,8 +52,9 @@ class HeuristicLength:
         self._start = start
         self._length: dict[Sequence, int] = {}
 
-    def lengths(self, seqs: ListLike[Sequence], budget: int) -> list[int]:
-        return share_budget([self._length.get(seq, self._start) for seq in seqs], budget)
+    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
+        wanted = [min(self._length.get(seq, self._start), limit) for seq, limit in zip(seqs, limits, strict=True)]
+        return share_budget(wanted, budget)
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int) -> None:
         if not num_draft:

@@ -163,17 +163,19 @@ class Scheduler:
     def _with_drafts(self, plan: list[Chunk], left: int) -> Iterator[Chunk]:
         """Reserve draft slots where budget and memory are left. Drafts preempt nobody."""
         able = [chunk for chunk in plan if chunk.completes and chunk.seq.request.speculation.enabled]
-        wanted = dict(zip(able, self.policy.lengths([c.seq for c in able], left), strict=True))
+        seqs = [chunk.seq for chunk in able]
+        lengths = self.policy.lengths(seqs, [self._draft_limit(seq) for seq in seqs], left)
+        wanted = dict(zip(seqs, lengths, strict=True))
         for chunk in plan:
-            num = self._clip_draft(chunk.seq, wanted.get(chunk, 0))
+            num = wanted.get(chunk.seq, 0)
             while not self.pool.grow(chunk.seq, chunk.seq.num_computed + chunk.num_tokens + num):
                 num -= 1
             yield replace(chunk, max_draft=num)
 
-    @staticmethod
-    def _clip_draft(seq: Sequence, num: int) -> int:
+    def _draft_limit(self, seq: Sequence) -> int:
+        """Drafts that the request allows, and that may still be emitted in front of one more token."""
         asked = seq.request.speculation.max_draft
-        return max(0, min(num, seq.num_remaining - 1, num if asked is None else asked))
+        return max(0, min(seq.num_remaining - 1, self.policy.max_length if asked is None else asked))
 
     # ------------------------------------------------------------------ committing
     def commit(self, plan: StepPlan, drafts: DraftBatch, verdict: Verdict) -> list[TokenDelta]:
@@ -253,5 +255,7 @@ class Scheduler:
         assert {seq for choices in self._by_request.values() for seq in choices.values()} == set(live), "a sequence is lost"
         assert set(self._leaders.by_key.values()) <= set(self.running), "a block is awaited from a sequence that does not run"
         for seq in self.running:
+            awaited = {key for key, leader in self._leaders.by_key.items() if leader is seq}
+            assert awaited.isdisjoint(seq.block_keys[: seq.num_published]), "a block is awaited that was published"
             assert seq.drafter_computed <= seq.num_computed < len(seq.tokens), "a watermark is off"
             assert len(seq.block_table) >= self.pool.blocks_for(seq.num_computed), "KV without a block"

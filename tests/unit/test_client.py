@@ -98,6 +98,7 @@ async def test_leaving_the_stream_aborts_what_is_open() -> None:
     async with started(core) as client:
         async with client.submit(make_request(max_tokens=1000, num_choices=2)) as stream:
             await anext(stream)
+            await asyncio.sleep(0.05)  # deltas of both choices are waiting now
             stream.abort(1)
             assert all(d.choice == 0 for d in await anext(stream))
         steps = core.num_steps

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from engine.draft.length import FixedLength
 from engine.kv.block_pool import BlockPool
 from engine.plan import StepPlan
-from engine.request import FinishReason, Round, TokenDelta
+from engine.request import FinishReason, Round, SpeculationParams, TokenDelta
 from engine.sched.scheduler import Limits, Scheduler
 from tests.unit.factories import make_drafts, make_request, make_verdict
 
@@ -52,12 +53,13 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
     scheduler.add(make_request("a", (1, 2, 3), max_tokens=5))
     scheduler.add(make_request("b", (4, 5, 6), max_tokens=5))
     step(scheduler)
+    scheduler.add(make_request("c", (7, 8, 9), max_tokens=5))
     plan, _ = step(scheduler)
     assert shape(plan) == [("a", 1, 0, True), ("b", 1, 0, True)]
     plan, _ = step(scheduler)  # both need a third block
     assert shape(plan) == [("a", 1, 0, True)]
     assert scheduler.counters.num_preemptions == 1
-    assert [seq.request.id for seq in scheduler.waiting] == ["b"]
+    assert [seq.request.id for seq in scheduler.waiting] == ["b", "c"]
     assert scheduler.waiting[0].tokens == [4, 5, 6, 7, 7], "what was emitted is not lost"
 
 
@@ -87,6 +89,14 @@ def test_no_more_is_drafted_than_may_be_emitted() -> None:
     plan, [delta] = step(scheduler, (9, 1))
     assert shape(plan) == [("a", 3, 1, True)]
     assert delta.finish_reason is FinishReason.LENGTH
+
+
+def test_a_request_may_ask_for_fewer_drafts() -> None:
+    scheduler = make_scheduler(length=3)
+    for max_draft in (0, 2, 9):
+        request = make_request(f"max {max_draft}", (max_draft,), max_tokens=9)
+        scheduler.add(msgspec.structs.replace(request, speculation=SpeculationParams(max_draft=max_draft)))
+    assert [chunk.max_draft for chunk in scheduler.schedule().chunks] == [0, 2, 3]
 
 
 def test_siblings_wait_for_the_first_and_then_share_its_blocks() -> None:
