@@ -16,7 +16,6 @@ import torch
 from engine.config import (
     EngineConfig,
     HeuristicLengthConfig,
-    LengthConfig,
     ModelDrafterConfig,
     ModelSource,
     NGramDrafterConfig,
@@ -115,12 +114,12 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length)
     block_size = config.engine.block_size
     distributions = Distributions(extras.processors)
-    policy = make_policy(config.speculation.draft_length)
+    policy = make_policy(config)
     parts = Parts(
         scheduler=Scheduler(
             BlockPool(memory.num_blocks, block_size), Limits(config.engine.max_sequences, config.engine.max_step_tokens), policy
         ),
-        drafter=_make_drafter(config, drafter, memory, distributions, vocab_size),
+        drafter=_make_drafter(config, drafter, distributions, extras.rules, (memory.num_blocks, vocab_size)),
         runner=ModelRunner(PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)),
         distributions=distributions,
         verifier=Verifier(extras.rules),
@@ -137,7 +136,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         max_model_len=memory.max_model_len,
         end_token_ids=target.end_token_ids,
         rules=tuple(extras.rules),
-        max_draft=0 if isinstance(config.model.drafter, NoDrafterConfig) else policy.max_length,
+        max_draft=policy.max_length,
         max_sequences=config.engine.max_sequences,
         num_blocks=memory.num_blocks,
         block_size=block_size,
@@ -147,23 +146,27 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     return EngineCore(parts, info)
 
 
-def make_policy(config: LengthConfig) -> DraftLengthPolicy:
-    """The draft-length policy of a config."""
-    if isinstance(config, HeuristicLengthConfig):
-        return HeuristicLength(config.start, config.max)
-    return FixedLength(config.max)
+def make_policy(config: EngineConfig) -> DraftLengthPolicy:
+    """The draft-length policy of a config. Without a drafter no slots are reserved."""
+    length = config.speculation.draft_length
+    if isinstance(config.model.drafter, NoDrafterConfig):
+        return FixedLength(0)
+    if isinstance(length, HeuristicLengthConfig):
+        return HeuristicLength(length.start, length.max)
+    return FixedLength(length.max)
 
 
 def _make_drafter(
-    config: EngineConfig, member: Member | None, memory: MemoryPlan, distributions: Distributions, vocab_size: int
+    config: EngineConfig, member: Member | None, distributions: Distributions, rules: Mapping[str, Rule], shape: tuple[int, int]
 ) -> Drafter:
-    kind = config.model.drafter
+    """`shape` is the number of blocks and the size of the common vocabulary."""
+    kind, (num_blocks, vocab_size) = config.model.drafter, shape
     if isinstance(kind, NGramDrafterConfig):
         return NGramDrafter(kind.max_n, kind.min_n)
     if member is None:
         return NoDrafter()
-    model = PagedModel(member.stack, memory.num_blocks, config.engine.block_size, vocab_size)
-    return ModelDrafter(model, distributions, member.context_length)
+    model = PagedModel(member.stack, num_blocks, config.engine.block_size, vocab_size)
+    return ModelDrafter(model, distributions, member.context_length, rules)
 
 
 def _drafter_name(config: EngineConfig) -> str:

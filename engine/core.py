@@ -8,8 +8,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from engine.model.runner import ModelRunner
-from engine.plan import DraftBatch, Drafter, StepPlan, Verdict
+from engine.plan import DraftBatch, Drafter, RowBatch, StepPlan, Verdict
 from engine.request import Request, TokenDelta
 from engine.sampling.distributions import Distributions
 from engine.sched.scheduler import Scheduler, SchedulerCounters
@@ -27,6 +29,12 @@ class Parts:
     distributions: Distributions
     verifier: Verifier
     max_drafter_tokens: int
+
+
+def windows_of(logits: Tensor, rows: RowBatch) -> tuple[Tensor, RowBatch]:
+    """The rows of the verify windows; nearly always that is all of them, and nothing is copied."""
+    windows = rows.windows()
+    return (logits, rows) if len(windows) == len(rows.offsets) else (logits[windows], rows.select(windows))
 
 
 class EngineCore:
@@ -61,9 +69,8 @@ class EngineCore:
         drafts = parts.drafter.propose(plan, parts.max_drafter_tokens)
         plan = plan.held_back(drafts.lagging)
         logits, rows = parts.runner.forward(plan, drafts)
-        windows = rows.windows()
-        rows = rows.select(windows)
-        p = parts.distributions.of(logits[windows], rows)
+        logits, rows = windows_of(logits, rows)
+        p = parts.distributions.of(logits, rows)
         verdict = parts.verifier.verify(drafts, p, rows)
         deltas = parts.scheduler.commit(plan, drafts, verdict)
         self._observe(plan, verdict)

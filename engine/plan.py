@@ -24,7 +24,7 @@ class RowsWanted(enum.Enum):
     """Of which of a chunk's tokens the logits are wanted."""
 
     WINDOW = "window"  # the last pending token and the drafts behind it, if the chunk completes; else none
-    ALL = "all"  # of every token in the chunk (prompt log-probabilities)
+    ALL = "all"  # of every token in the chunk (prompt log-probabilities); the runner gives them, no request can ask for them yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Rows:
     """Distributions over the vocabulary, of the target [R, V] or of the drafter [B, K + 1, V]."""
 
     probs: Tensor  # processed: what is drawn from, and what acceptance ratios and residuals use
-    logits: Tensor  # hard-masked, temperature 1: what rules read, as probabilities
+    logits: Tensor | None  # hard-masked, temperature 1: what rules read, as probabilities; None where no rule in the batch does
     allowed: Tensor | None  # booleans, what the hard masks leave; None where nothing is masked
 
 
@@ -125,7 +125,7 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What each completing chunk emits, on the host: the one point of a step that waits for the device."""
+    """What each completing chunk emits, on the host. Reading it is where a step waits for the device."""
 
     token_ids: tuple[tuple[int, ...], ...]  # [B] accepted drafts, then the recovered or bonus token
     num_accepted: tuple[int, ...]  # [B]

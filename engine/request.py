@@ -7,6 +7,7 @@ and continues with the same text. Nothing here knows text, HTTP or tensors.
 from __future__ import annotations
 
 import enum
+import time
 
 import msgspec
 
@@ -17,6 +18,10 @@ class FinishReason(enum.Enum):
     STOP = "stop"  # an end token was emitted
     LENGTH = "length"  # max_tokens were emitted
     ABORT = "abort"  # the caller gave it up
+
+
+# Below this a temperature is 0: dividing logits by less overflows float32, and the law is that of the most likely token anyway.
+GREEDY_TEMPERATURE = 1e-5
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +35,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0  # 64 bits; a caller that was given none draws one
     is_seeded: bool = False  # the client gave the seed: every position gets a drafter's row, see engine/README.md
     stop_token_ids: tuple[int, ...] = ()  # emitted, and then the answer ends; callers include EngineInfo.end_token_ids
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
 
 
 class SpeculationParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +65,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     speculation: SpeculationParams = SpeculationParams()
     choices: tuple[Choice, ...] = (Choice(),)
+    arrived_at: float = msgspec.field(default_factory=time.monotonic)  # the machine's monotonic clock, the same in all processes
 
 
 class Round(msgspec.Struct, frozen=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import dataclass, field
 
 from engine.request import Choice, Request
@@ -28,7 +27,6 @@ class Sequence:
     num_published: int = 0  # leading blocks that were offered for prefix reuse
     num_drafter_marked: int = 0  # of these, blocks marked as valid for the drafter, too
     num_cached: int | None = None  # prompt tokens found in published blocks at first admission
-    arrived_at: float = field(default_factory=time.monotonic)
     queue_seconds: float = 0.0
     num_target_calls: int = 0
     num_drafter_calls: int = 0

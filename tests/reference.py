@@ -51,7 +51,7 @@ def softmax(logits: Row, temperature: float = 1.0) -> Row:
 
 def processed(logits: Row, sampling: SamplingParams) -> Row:
     """Temperature, top-k, top-p, min-p, the slow way."""
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-5:
         best = max(range(len(logits)), key=lambda i: logits[i])
         return tuple(float(i == best) for i in range(len(logits)))
     probs = list(softmax(logits, sampling.temperature))
@@ -94,18 +94,37 @@ def draw(weights: list[float] | Row, u: float) -> int:
     return max(i for i, w in enumerate(weights) if w > 0)
 
 
-def answer(request: Request, target: NaiveModel, drafter: NaiveModel | None = None, choice: int = 0) -> tuple[int, ...]:
-    """What choice `choice` of a request must be: every position drafted, accepted or recovered by itself."""
+Change = Callable[[list[int], Row], Row]  # the text so far and logits, to logits
+
+
+def unchanged(tokens: list[int], logits: Row) -> Row:
+    return logits
+
+
+def answer(
+    request: Request,
+    target: NaiveModel,
+    drafter: NaiveModel | None = None,
+    choice: int = 0,
+    mask: Change = unchanged,
+    penalty: Change = unchanged,
+) -> tuple[int, ...]:
+    """What choice `choice` of a request must be: every position drafted, accepted or recovered by itself.
+
+    `mask` changes what rules and draws see, `penalty` what draws see.
+    """
     sampling, speculation = request.sampling, request.speculation
     tokens = list(request.prompt_ids)
     for position in range(len(tokens), len(tokens) + sampling.max_tokens):
         u = [uniform(sampling.seed, choice, position, purpose) for purpose in (DRAFT, ACCEPT, RECOVER)]
-        p = processed(target.logits(tokens), sampling)
+        p_logits = mask(tokens, target.logits(tokens))
+        p = processed(penalty(tokens, p_logits), sampling)
         if drafter is None or not speculation.enabled or position > drafter.context:
             token = draw(p, u[2])
         else:
-            q, raw_q = processed(drafter.logits(tokens), sampling), softmax(drafter.logits(tokens))
-            keep = KEEPS[speculation.rule](raw_q, softmax(target.logits(tokens)))
+            q_logits = mask(tokens, drafter.logits(tokens))
+            q, raw_p = processed(penalty(tokens, q_logits), sampling), softmax(p_logits)
+            keep = [k and x > 0 for k, x in zip(KEEPS[speculation.rule](softmax(q_logits), raw_p), raw_p, strict=True)]
             eta = max(0.0, 1 - sum(a for a, k in zip(q, keep, strict=True) if k))
             pi = [a * k + eta * b for a, b, k in zip(q, p, keep, strict=True)]
             token = draw(q, u[0])

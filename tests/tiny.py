@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,11 +32,11 @@ from engine.config import (
 from engine.core import EngineCore
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
-from engine.plan import RawRows, Rule
+from engine.plan import LogitsProcessor, RawRows, RowBatch, Rule
 from engine.request import Request, Round
 from engine.stats import StepStats
 from engine.verify.rules import RULES
-from tests.reference import NaiveModel
+from tests.reference import NaiveModel, Row
 
 VOCAB = 24
 
@@ -119,6 +120,42 @@ class Confident:
         return raw.q.amax(-1, keepdim=True) >= 0.3
 
 
+class ForbidByPosition:
+    """A hard mask that forbids two tokens, other ones at every position."""
+
+    is_mask = True
+
+    def apply(self, logits: torch.Tensor, rows: RowBatch) -> torch.Tensor:
+        lengths = [len(seq.tokens) + offset for seq, offset in zip(rows.seqs, rows.offsets, strict=True)]
+        forbidden = torch.tensor([[7 * n % VOCAB, (3 * n + 1) % VOCAB] for n in lengths]).reshape(-1, 2)
+        return logits.scatter(-1, forbidden, -torch.inf)
+
+
+def forbid_by_position(tokens: list[int], logits: Row) -> Row:
+    """The same for the oracle."""
+    forbidden = (7 * len(tokens) % VOCAB, (3 * len(tokens) + 1) % VOCAB)
+    return tuple(-math.inf if i in forbidden else x for i, x in enumerate(logits))
+
+
+class PenaliseRepeats:
+    """A soft penalty on every token of the text so far, the drafts in front of the row included."""
+
+    is_mask = False
+
+    def apply(self, logits: torch.Tensor, rows: RowBatch) -> torch.Tensor:
+        penalties = torch.zeros_like(logits)
+        for row, (seq, offset, draft) in enumerate(zip(rows.seqs, rows.offsets, rows.draft_index, strict=True)):
+            text = [*seq.tokens, *rows.draft_ids[draft, :offset].tolist()]
+            penalties[row] = 0.5 * torch.bincount(torch.tensor(text), minlength=VOCAB)
+        return logits - penalties
+
+
+def penalise_repeats(tokens: list[int], logits: Row) -> Row:
+    """The same for the oracle."""
+    counts = Counter(tokens)
+    return tuple(x - 0.5 * counts[i] for i, x in enumerate(logits))
+
+
 TEST_RULES: dict[str, Rule] = {
     **RULES,
     "keep_none": KeepNone(),
@@ -143,6 +180,7 @@ class Setup:
     vocab: int = VOCAB
     path: Path = Path("target")  # folder with the tokenizer, for tests that have one
     end_token_ids: tuple[int, ...] = ()
+    processors: tuple[LogitsProcessor, ...] = ()
 
 
 _DRAFTERS: dict[str, DrafterConfig] = {
@@ -173,7 +211,7 @@ def make_core(setup: Setup) -> EngineCore:
             kv_cache=ByteSize(bytes_per_token * setup.block_size * setup.num_blocks),
         ),
     )
-    return assemble(config, target, drafter, Extras(rules=TEST_RULES))
+    return assemble(config, target, drafter, Extras(rules=TEST_RULES, processors=setup.processors))
 
 
 @dataclass

@@ -6,6 +6,7 @@ which all drafts stood. It catches up inside `propose`, under its own budget, ol
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
-from engine.plan import Chunk, DraftBatch, QKind, RowBatch, Rows, StepPlan, Verdict
+from engine.plan import Chunk, DraftBatch, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
 from engine.sampling.distributions import Distributions
 from engine.sampling.draws import Purpose, draw, uniforms
 from engine.sequence import Sequence
@@ -54,15 +55,16 @@ class _Table:
     drafts: list[_Draft]  # those that emit
     ids: Tensor
     probs: Tensor
-    logits: Tensor
+    logits: Tensor | None  # what a rule reads; None where none of the batch does
 
 
 class ModelDrafter:
     """Drafts with a PagedModel of the target's vocabulary."""
 
-    def __init__(self, model: PagedModel, distributions: Distributions, context_length: int):
+    def __init__(self, model: PagedModel, distributions: Distributions, context_length: int, rules: Mapping[str, Rule]):
         """`context_length`: positions that the model can hold. Behind them there are no rows, and no drafts."""
         self._model = model
+        self._reading_q = frozenset(name for name, rule in rules.items() if rule.needs_q)
         self._distributions = distributions
         self._context_length = context_length
 
@@ -75,7 +77,7 @@ class ModelDrafter:
         emitting = [d for d in drafts if d.chunk.completes and not d.is_lagging]
         for row, draft in enumerate(emitting):
             draft.row = row
-        table = self._new_table(emitting)
+        table = self._new_table(emitting, ready)
         if ready:
             self._store(table, ready, logits)
         while left > 0 and (drafting := [d for d in ready if d.wants_draft()]):
@@ -121,8 +123,9 @@ class ModelDrafter:
         return logits, ready, budget
 
     # ------------------------------------------------------------------ drafting
-    def _new_table(self, emitting: list[_Draft]) -> _Table:
-        longest = max((d.chunk.max_draft for d in emitting if d.seq.request.speculation.enabled), default=0)
+    def _new_table(self, emitting: list[_Draft], ready: list[_Draft]) -> _Table:
+        longest = max((d.chunk.max_draft for d in ready), default=0)
+        is_read = any(d.seq.request.speculation.rule in self._reading_q for d in ready)
         device, vocab = self._model.stack.device, self._model.vocab_size
         dtype = torch.promote_types(self._model.stack.dtype, torch.float32)
         shape = (len(emitting), longest + 1, vocab)
@@ -130,7 +133,7 @@ class ModelDrafter:
             drafts=emitting,
             ids=torch.zeros(len(emitting), longest, dtype=torch.long, device=device),
             probs=torch.zeros(shape, dtype=dtype, device=device),
-            logits=torch.zeros(shape, dtype=dtype, device=device),
+            logits=torch.zeros(shape, dtype=dtype, device=device) if is_read else None,
         )
 
     def _store(self, table: _Table, drafts: list[_Draft], logits: Tensor) -> None:
@@ -143,7 +146,9 @@ class ModelDrafter:
         )
         rows: Rows = self._distributions.of(logits, batch)
         at = [d.row for d in drafts], [d.num_rows for d in drafts]
-        table.probs[at], table.logits[at] = rows.probs, rows.logits
+        table.probs[at] = rows.probs
+        if table.logits is not None and rows.logits is not None:
+            table.logits[at] = rows.logits
         for draft in drafts:
             draft.num_rows += 1
 

@@ -46,9 +46,10 @@ class _Group:
     """Segments that share one attention call: G of them, at most n queries and L keys each."""
 
     queries: Tensor  # [G, n] index in the packed row; padded with 0
-    slots: Tensor  # [G, L] of keys and values; padded with 0
+    slots: Tensor  # [G, L] of keys and values; padded with the sequence's own first
     mask: Tensor  # [G, 1, n, L] 0 where a query sees a key, else -inf
-    is_query: Tensor  # [G, n] False where padded
+    rows: Tensor  # [M] the M queries that are not padding: their index in the packed row ...
+    places: Tensor  # [M] ... and in the flattened [G * n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +92,25 @@ def _group(members: list[tuple[int, Segment]], block_size: int, store: Tensor) -
     queries = np.zeros((len(members), num_queries), dtype=np.int64)
     last_seen = np.zeros((len(members), num_queries), dtype=np.int64)  # a padded query sees key 0, so that no row is empty
     slots = np.zeros((len(members), num_keys), dtype=np.int64)
-    is_query = np.zeros((len(members), num_queries), dtype=np.bool_)
+    places = []
     for row, (offset, segment) in enumerate(members):
         num = segment.num_tokens
         queries[row, :num] = np.arange(offset, offset + num)
         last_seen[row, :num] = np.arange(segment.start, segment.end)
-        slots[row, : segment.end] = _slots(segment, np.arange(segment.end), block_size)
-        is_query[row, :num] = True
+        own = _slots(segment, np.arange(segment.end), block_size)
+        slots[row, : segment.end] = own
+        slots[row, segment.end :] = own[0]  # a stranger's slot could hold an infinity, which a mask does not stop
+        places.append(np.arange(row * num_queries, row * num_queries + num))
     is_hidden = np.arange(num_keys) > last_seen[:, None, :, None]
     mask = torch.zeros(is_hidden.shape, dtype=store.dtype, device=store.device)
     mask.masked_fill_(torch.from_numpy(is_hidden).to(store.device), -torch.inf)
+    place = np.concatenate(places)
     return _Group(
         queries=_tensor(queries, store.device),
         slots=_tensor(slots, store.device),
         mask=mask,
-        is_query=torch.from_numpy(is_query).to(store.device),
+        rows=_tensor(queries.reshape(-1)[place], store.device),
+        places=_tensor(place, store.device),
     )
 
 
@@ -136,7 +141,8 @@ def paged_attention(
         attended = scaled_dot_product_attention(
             packed[group.queries].transpose(1, 2), keys, values, attn_mask=group.mask, scale=scaling, enable_gqa=True
         )
-        output[group.queries[group.is_query]] = attended.transpose(1, 2)[group.is_query]
+        # index vectors from the host, not booleans: those would wait for the device in every layer
+        output.index_copy_(0, group.rows, attended.transpose(1, 2).flatten(0, 1).index_select(0, group.places))
     return output.unsqueeze(0), None
 
 

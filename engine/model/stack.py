@@ -56,12 +56,20 @@ class DecoderStack:
 
     def hidden(self, input_ids: Tensor, paged: PagedContext) -> Tensor:
         """Normed hidden states [N, hidden] of a packed row of ids [N]."""
-        positions = paged.positions.unsqueeze(0)
-        h = self._body.embed_tokens(input_ids.unsqueeze(0))
-        rotary = self._body.rotary_emb(h, positions)
-        for layer in self._body.layers:
-            h = layer(h, position_embeddings=rotary, position_ids=positions, attention_mask=None, paged=paged)
+        h = self.layers(self.embed(input_ids), paged, 0, self.num_layers)
         return self._body.norm(h)[0]  # type: ignore[no-any-return]  # transformers' modules are untyped
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """States [1, N, hidden] that enter the first layer."""
+        return self._body.embed_tokens(input_ids.unsqueeze(0))  # type: ignore[no-any-return]
+
+    def layers(self, h: Tensor, paged: PagedContext, first: int, end: int) -> Tensor:
+        """States [1, N, hidden] behind layers first, first + 1, ..., end - 1; writes these layers' KV."""
+        positions = paged.positions.unsqueeze(0)
+        rotary = self._body.rotary_emb(h, positions)
+        for layer in self._body.layers[first:end]:
+            h = layer(h, position_embeddings=rotary, position_ids=positions, attention_mask=None, paged=paged)
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, V] of normed hidden states [R, hidden]."""

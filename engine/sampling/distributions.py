@@ -39,12 +39,12 @@ class Distributions:
 
 def probabilities(logits: Tensor, params: ListLike[SamplingParams]) -> Tensor:
     """Processed distributions [N, V] of logits [N, V]."""
-    greedy = [i for i, s in enumerate(params) if s.temperature == 0]
+    greedy = [i for i, s in enumerate(params) if s.is_greedy]
     if len(greedy) == len(params):
         return _one_hot(logits)
-    temperatures = torch.tensor([s.temperature or 1.0 for s in params], dtype=logits.dtype, device=logits.device)
+    temperatures = torch.tensor([1.0 if s.is_greedy else s.temperature for s in params], dtype=logits.dtype, device=logits.device)
     probs = torch.softmax(logits / temperatures.unsqueeze(-1), dim=-1)
-    cut = [i for i, s in enumerate(params) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
+    cut = [i for i, s in enumerate(params) if not s.is_greedy and (s.top_k or s.top_p < 1 or s.min_p)]
     if cut:
         probs[cut] = _truncated(probs[cut], [params[i] for i in cut])
     if greedy:

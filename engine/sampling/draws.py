@@ -48,14 +48,32 @@ def uniforms(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
 
 
+_BLOCK = 128  # tokens that are summed before anything is accumulated
+
+
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """Token ids [N] by inverse CDF from weights [N, V] (non-negative, any total) and uniforms u [N].
 
-    The CDF is in float64: a float32 one over 49,152 tokens ends up to 1.5e-5 off its total. The result always has a positive
-    weight, except in a row without any, which gives 0.
+    The CDF is in float64: a float32 one over 49,152 tokens ends up to 1.5e-5 off its total. It is made in two levels, sums of
+    blocks and then the tokens of one block; one over the whole vocabulary takes two to five times as long on a CPU. The result
+    always has a positive weight, except in a row without any, which gives some token.
     """
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    total = cdf[:, -1:].contiguous()
-    index = torch.searchsorted(cdf, u.unsqueeze(-1) * total, right=True)
-    last = torch.searchsorted(cdf, total)  # the last token with a positive weight; u * total may round up to the total
-    return torch.minimum(index, last).clamp_(max=weights.shape[-1] - 1).squeeze(-1)
+    vocab = weights.shape[-1]
+    padding = -vocab % _BLOCK
+    padded = torch.nn.functional.pad(weights, (0, padding)) if padding else weights
+    blocked = padded.reshape(weights.shape[0], -1, _BLOCK)
+    sums = blocked.sum(-1, dtype=torch.float64)
+    cdf = sums.cumsum(-1)
+    goal = u.unsqueeze(-1) * cdf[:, -1:]
+    block = _first_above(cdf, goal)
+    rest = goal - (cdf.gather(-1, block) - sums.gather(-1, block))
+    inside = blocked.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1)
+    token = block * _BLOCK + _first_above(inside.cumsum(-1, dtype=torch.float64), rest.clamp(min=0))
+    return token.squeeze(-1).clamp(max=vocab - 1)
+
+
+def _first_above(cdf: Tensor, goal: Tensor) -> Tensor:
+    """[N, 1] first index whose cumulative weight exceeds the goal; rounding cannot lead behind the last positive weight."""
+    index = torch.searchsorted(cdf, goal, right=True)
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
+    return torch.minimum(index, last).clamp_(max=cdf.shape[-1] - 1)

@@ -82,6 +82,12 @@ class Scheduler:
         seqs = {choice.index: Sequence(request, choice) for choice in request.choices}
         self._by_request[request.id] = seqs
         self.waiting.extend(seqs.values())
+        first, *others = seqs.values()
+        num_shared = len(request.prompt_ids) // self.pool.block_size
+        if others and num_shared:  # hash a long prompt once, not once a choice
+            self.pool.key(first, num_shared - 1)
+            for other in others:
+                other.block_keys = first.block_keys[:num_shared]
 
     def abort(self, request_id: str, choice: int) -> Sequence | None:
         """Drop a choice and free its blocks. None where it has already ended."""
@@ -100,30 +106,38 @@ class Scheduler:
         """Everyone catches up with its own length, oldest first; then who waits; drafts get what is left."""
         plan: list[Chunk] = []
         left, preemptions = self._limits.max_step_tokens, self.counters.num_preemptions
-        for seq in list(self.running):
-            if left and seq in self.running:
-                left -= self._place(seq, left, plan)
-        # what was just preempted for want of memory is not let in again in the same step
-        candidates = iter(list(self.waiting)) if self.counters.num_preemptions == preemptions else iter(())
-        for seq in candidates:
-            if not left or len(self.running) >= self._limits.max_sequences:
-                break
-            if self._waits_for_leader(seq):
-                continue
-            if not self._admit(seq, left):
-                break
-            left -= self._place(seq, left, plan)
+        index = 0
+        while left and index < len(self.running):
+            num_placed = self._place(self.running[index], left, plan)
+            left -= num_placed
+            index += num_placed > 0  # 0: it was itself preempted, the last of the list
+        if self.counters.num_preemptions == preemptions:  # else memory is short, and who was just preempted would come back
+            left -= self._admit_waiting(left, plan)
         return StepPlan(tuple(self._with_drafts(plan, left)))
 
-    def _waits_for_leader(self, seq: Sequence) -> bool:
+    def _admit_waiting(self, budget: int, plan: list[Chunk]) -> int:
+        """Start waiting sequences, first come first served, but for those that wait for a leader. Returns the tokens given out."""
+        left, index = budget, 0
+        while left and index < len(self.waiting) and len(self.running) < self._limits.max_sequences:
+            seq = self.waiting[index]
+            hit = self.pool.match(seq)
+            if self._is_led(seq, len(hit)):
+                index += 1
+                continue
+            if not self._admit(seq, hit, left):
+                break
+            del self.waiting[index]
+            left -= self._place(seq, left, plan)
+        return budget - left
+
+    def _is_led(self, seq: Sequence, next_index: int) -> bool:
         """Whether the first block that the sequence would compute is being computed by another one right now."""
-        next_index = len(self.pool.match(seq))
         is_full = (next_index + 1) * self.pool.block_size < len(seq.tokens)
         return is_full and self.pool.key(seq, next_index) in self._leaders.by_key
 
-    def _admit(self, seq: Sequence, left: int) -> bool:
-        """Start a waiting sequence on what is already published of its tokens. False where memory is short."""
-        size, hit = self.pool.block_size, self.pool.match(seq)
+    def _admit(self, seq: Sequence, hit: list[int], left: int) -> bool:
+        """Start a waiting sequence on the published blocks that hold its first tokens. False where memory is short."""
+        size = self.pool.block_size
         self.pool.share(seq, hit)
         seq.num_computed = len(hit) * size
         seq.drafter_computed = self.pool.num_valid(hit, Model.DRAFTER) * size
@@ -131,34 +145,31 @@ class Scheduler:
         if not self.pool.grow(seq, seq.num_computed + min(seq.num_pending, left)):
             self._release(seq)
             return False
-        self.waiting.remove(seq)
         self.running.append(seq)
         self._leaders.add(seq, self._unpublished_keys(seq))
         self.counters.num_prefix_queried_tokens += len(seq.tokens)
         self.counters.num_prefix_hit_tokens += seq.num_computed
         if seq.num_cached is None:
             seq.num_cached = min(seq.num_computed, len(seq.request.prompt_ids))
-            seq.queue_seconds = time.monotonic() - seq.arrived_at
+            seq.queue_seconds = time.monotonic() - seq.request.arrived_at
         return True
 
     def _place(self, seq: Sequence, left: int, plan: list[Chunk]) -> int:
         """Give the sequence up to `left` of its pending tokens, preempting younger ones for memory. Returns how many."""
         num_tokens = min(seq.num_pending, left)
         while not self.pool.grow(seq, seq.num_computed + num_tokens):
-            if not self._preempt_for(seq, plan):
+            if self._preempt_youngest() is seq:
                 return 0
         plan.append(Chunk(seq, num_tokens, completes=num_tokens == seq.num_pending))
         return num_tokens
 
-    def _preempt_for(self, seq: Sequence, plan: list[Chunk]) -> bool:
-        """Preempt the youngest that is not in the plan yet. False where that is the sequence itself."""
-        planned = {chunk.seq for chunk in plan}
-        victim = next((s for s in reversed(self.running) if s not in planned), seq)
-        self.running.remove(victim)
+    def _preempt_youngest(self) -> Sequence:
+        """Take the blocks of the youngest. Plans are made from the oldest on, so it is not in the plan yet."""
+        victim = self.running.pop()
         self._release(victim)
         self.waiting.appendleft(victim)
         self.counters.num_preemptions += 1
-        return victim is not seq
+        return victim
 
     def _with_drafts(self, plan: list[Chunk], left: int) -> Iterator[Chunk]:
         """Reserve draft slots where budget and memory are left. Drafts preempt nobody."""

@@ -225,13 +225,16 @@ class _Raw:
 
     @cached_property
     def q(self) -> Tensor:
-        logits = self._window.drafts.rows
-        assert logits is not None, "a rule that needs q was given rows without it"
-        return logits.logits[self._window.owner[self._rows], self._window.offsets[self._rows]].softmax(-1)
+        rows = self._window.drafts.rows
+        assert rows is not None, "a rule that needs q was given rows without it"
+        assert rows.logits is not None, "the drafter was not told that this rule reads q"
+        return rows.logits[self._window.owner[self._rows], self._window.offsets[self._rows]].softmax(-1)
 
     @cached_property
     def p(self) -> Tensor:
-        return self._window.p.logits[self._rows].softmax(-1)
+        logits = self._window.p.logits
+        assert logits is not None
+        return logits[self._rows].softmax(-1)
 
 
 class _Mixture:

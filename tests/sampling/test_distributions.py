@@ -77,8 +77,8 @@ class Shift:
         return logits + shift
 
 
-def rows_for(num: int) -> RowBatch:
-    seq = Sequence(Request(id="x", prompt_ids=(1,), sampling=SamplingParams(max_tokens=9)), Choice())
+def rows_for(num: int, sampling: SamplingParams | None = None) -> RowBatch:
+    seq = Sequence(Request(id="x", prompt_ids=(1,), sampling=sampling or SamplingParams(max_tokens=9)), Choice())
     return RowBatch((seq,) * num, tuple(range(num)), (0,) * num, torch.zeros(1, num, dtype=torch.long))
 
 
@@ -91,6 +91,15 @@ def test_masks_reach_rules_and_soft_processors_do_not() -> None:
     assert (rows.probs[:, 0] == 0).all()
     assert rows.logits[:, 1:].eq(0).all(), "rules see masked logits without penalties"
     assert rows.probs[2].argmax() == 2, "a processor knows which position a row is of"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-5, 9e-6, 1e-38, 1e-320])
+def test_tiny_temperatures_are_those_of_the_most_likely_token(temperature: float, dtype: Any) -> None:
+    logits = logits_of(300, num=4).to(dtype)
+    probs = Distributions().of(logits, rows_for(4, SamplingParams(max_tokens=1, temperature=temperature))).probs
+    assert torch.equal(probs.argmax(-1), logits.argmax(-1))
+    assert torch.allclose(probs.sum(-1), torch.ones(4, dtype=probs.dtype))
 
 
 def test_without_masks_everything_is_allowed() -> None:

@@ -121,6 +121,16 @@ def test_a_sibling_does_not_wait_for_a_leader_that_has_gone() -> None:
     assert shape(plan) == [("b", 4, 0, False)]
 
 
+def test_reused_blocks_without_the_drafters_mark_leave_only_the_drafter_behind() -> None:
+    scheduler = make_scheduler(budget=16, length=0)
+    scheduler.add(make_request("a", tuple(range(9)), max_tokens=1))
+    plan = scheduler.schedule()
+    scheduler.commit(plan, make_drafts(plan, [0], drafter_computed=[5]), make_verdict((7,)))
+    scheduler.add(make_request("b", tuple(range(9)), max_tokens=1))
+    (chunk,) = scheduler.schedule().chunks
+    assert (chunk.seq.num_computed, chunk.seq.drafter_computed) == (8, 4)
+
+
 def test_abort_frees_everything_at_once_whether_running_or_waiting() -> None:
     scheduler = make_scheduler(max_sequences=1)
     scheduler.add(make_request("a"))

@@ -223,6 +223,22 @@ def test_counts_of_deferred_and_lossy_kept_drafts() -> None:
         assert (verdict.num_accepted, verdict.deferred_masks, verdict.lossy_masks) == ((accepted,), (deferred,), (lossy,)), rule
 
 
+def test_lossy_kept_drafts_without_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x is drawn from pi; the draft is lossy-kept where the same number would have drawn another token from p."""
+    monkeypatch.setattr("engine.verify.verifier.uniforms", lambda keys, positions, purpose: torch.full(keys.shape, 0.8).double())
+    p_logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]] * 2, dtype=torch.float64))
+    for draft, rule, expected in (
+        (0, "likely", ((1,), (0,), (0b1,))),
+        (0, "exact", ((0,), (0b1,), (0,))),
+        (2, "likely", ((1,), (0b1,), (0,))),
+    ):
+        ids = torch.tensor([[draft]])
+        batch = DraftBatch((1,), ids, [[QKind.ONE_HOT, QKind.NONE]], None, (0,), (False,), (0,))
+        rows = RowBatch((sequence(rule),) * 2, (0, 1), (0, 0), ids)
+        verdict = Verifier(TEST_RULES).verify(batch, Rows(p_logits.exp(), p_logits, None), rows)
+        assert (verdict.num_accepted, verdict.deferred_masks, verdict.lossy_masks) == expected
+
+
 def test_what_stands_behind_a_rejection_is_not_counted() -> None:
     """Position 0 is rejected; the draft at position 1 would have stood, and only thanks to the rule."""
     q_logits = torch.log(torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0.9, 0.04, 0.03, 0.03], [0.25] * 4]], dtype=torch.float64))

@@ -11,7 +11,17 @@ import pytest
 from engine.config import FixedLengthConfig, HeuristicLengthConfig, LengthConfig
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from tests.reference import DRAFT, RECOVER, NaiveModel, answer, model_alone
-from tests.tiny import Setup, drive, make_core, naive_drafter, naive_target
+from tests.tiny import (
+    ForbidByPosition,
+    PenaliseRepeats,
+    Setup,
+    drive,
+    forbid_by_position,
+    make_core,
+    naive_drafter,
+    naive_target,
+    penalise_repeats,
+)
 from tests.verify.requests import prompt, seeded
 
 POLICIES: tuple[LengthConfig, ...] = (
@@ -54,6 +64,17 @@ def test_same_text_at_any_length_budget_and_pool(name: str, policy: LengthConfig
         )
         got = drive(make_core(setup), requests).tokens
         assert got == want, (setup, [k for k in want if got[k] != want[k]])
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.policy}-{p.max}")
+@pytest.mark.parametrize("name", SETUPS)
+def test_masks_and_penalties_see_the_text_in_front_of_every_row(name: str, policy: LengthConfig) -> None:
+    """A mask that moves with the position and a penalty on repeats, for drafter and target, at every draft length."""
+    setup = replace(SETUPS[name], policy=policy, max_step_tokens=16, processors=(PenaliseRepeats(), ForbidByPosition()))
+    requests = promised(setup)
+    want = {(r.id, 0): answer(r, naive_target(), drafter_of(setup), mask=forbid_by_position, penalty=penalise_repeats) for r in requests}
+    got = drive(make_core(setup), requests).tokens
+    assert got == want, [k for k in want if got[k] != want[k]]
 
 
 @pytest.mark.parametrize("name", SETUPS)
