@@ -27,7 +27,7 @@ OTHER_VARIABLES = frozenset({"CASCADE_CACHE_DIR"})  # read by the engine's loade
 
 
 class ServerSettings(Section):
-    """The HTTP side. Every key can be overridden by CASCADE_ and its name in capitals."""
+    """The HTTP side. Every key can be overridden by CASCADE_ and its name in capitals; an empty variable overrides nothing."""
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -126,6 +126,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, object]]:
     """Key of the server's part to the variable that overrides it and its value.
 
+    An empty variable counts as unset: compose files and unit files hand over what nobody set as an empty text, and for `api_keys` that
+    must not open a server whose file closes it.
     Foreign CASCADE_ variables are said, not refused: an orchestrator sets some for a service of that name.
     """
     found: dict[str, tuple[str, object]] = {}
@@ -136,8 +138,16 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ob
         if key not in ServerSettings.model_fields:
             logger.warning("The environment variable %s is not known and changes nothing.", variable)
             continue
-        found[key] = (variable, [part.strip() for part in text.split(",") if part.strip()] if key == "api_keys" else text)
+        if text:
+            found[key] = (variable, _api_keys(variable, text) if key == "api_keys" else text)
     return found
+
+
+def _api_keys(variable: str, text: str) -> list[str]:
+    keys = [part.strip() for part in text.split(",") if part.strip()]
+    if not keys:
+        raise ConfigError(f"{variable}: (hidden) - holds no key; leave it empty to have those of the file")
+    return keys
 
 
 # ---------------------------------------------------------------------- explaining

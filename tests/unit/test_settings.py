@@ -155,6 +155,19 @@ def test_the_environment_overrides_the_servers_part(file: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("key", ServerSettings.model_fields)
+def test_an_empty_variable_is_unset(file: Path, key: str) -> None:
+    """docker-compose.yml hands CASCADE_API_KEYS over as an empty text where nobody set it; the keys of the file must hold."""
+    text = MODEL + "server: {api_keys: [secret], port: 1, host: localhost, drain_seconds: 7}"
+    assert loaded(file, text, {f"CASCADE_{key.upper()}": ""}) == loaded(file, text)
+
+
+@pytest.mark.parametrize("value", [" ", ",", " , ", ",,"])
+def test_a_variable_without_any_key_is_refused(file: Path, value: str) -> None:
+    said = refused(file, MODEL + "server: {api_keys: [secret]}", {"CASCADE_API_KEYS": value})
+    assert said == ["CASCADE_API_KEYS: (hidden) - holds no key; leave it empty to have those of the file"]
+
+
 def test_a_bad_variable_is_named(file: Path) -> None:
     said = refused(file, MODEL, {"CASCADE_PORT": "http"})
     assert said == ["CASCADE_PORT: 'http' - should be a valid integer, unable to parse string as an integer"]
