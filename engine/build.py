@@ -30,6 +30,7 @@ from engine.errors import ConfigError
 from engine.kv.block_pool import BlockPool
 from engine.model.attention import IMPLEMENTATION
 from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
+from engine.model.memory import available_bytes
 from engine.model.paged import PagedModel, kv_bytes_per_token
 from engine.model.runner import ModelRunner
 from engine.model.source import Progress, fetch_config, locate, resolve, silent
@@ -87,6 +88,15 @@ def plan_memory(config: RuntimeConfig, bytes_per_token: int, model_context: int)
     return MemoryPlan(bytes_per_token, num_blocks, served if asked is None else asked)
 
 
+def require_memory(kv_bytes: int, device: torch.device) -> None:
+    """Refuse a KV cache that the device has no room for. Raises ConfigError."""
+    free = available_bytes(device)
+    if free is not None and kv_bytes > free:
+        raise ConfigError(
+            f"engine.kv_cache: {kv_bytes / 2**30:.1f} GiB - must be at most {free / 2**30:.1f} GiB, what {device} has free beside the weights"
+        )
+
+
 def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | None = None) -> EngineCore:
     """Load everything, warm up, and return an engine that is ready. Raises ConfigError and its kin."""
     if config.engine.threads is not None:
@@ -113,6 +123,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     vocab_size = min(stack.vocab_size for stack in stacks)
     memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length)
     block_size = config.engine.block_size
+    require_memory(memory.bytes_per_token * memory.num_blocks * block_size, target.stack.device)
     distributions = Distributions(extras.processors)
     policy = make_policy(config)
     parts = Parts(

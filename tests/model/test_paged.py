@@ -10,11 +10,12 @@ import pytest
 import torch
 from pydantic import ByteSize
 
-from engine.build import Member, assemble, plan_memory
+from engine.build import Member, assemble, plan_memory, require_memory
 from engine.config import EngineConfig, ModelDrafterConfig, ModelPair, ModelSource, RuntimeConfig
 from engine.draft.ngram import NoDrafter
 from engine.errors import ConfigError, UnsupportedModel
 from engine.model.attention import Segment
+from engine.model.memory import available_bytes
 from engine.model.paged import PagedModel, kv_bytes_per_token
 from engine.model.runner import ModelRunner
 from engine.model.stack import DecoderStack
@@ -120,6 +121,26 @@ def test_the_served_context_is_the_smaller_of_model_and_pool() -> None:
         plan_memory(runtime(16 * 100 * 3, asked=60), 100, 64)
     with pytest.raises(ConfigError, match=r"kv_cache: 1599 bytes - must be at least 1600"):
         plan_memory(runtime(1599), 100, 64)
+
+
+def test_a_cache_that_does_not_fit_is_refused_instead_of_being_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    meminfo, cgroup = tmp_path / "meminfo", tmp_path / "cgroup"
+    meminfo.write_text("MemTotal: 9000000 kB\nMemAvailable: 4194304 kB\n")
+    monkeypatch.setattr("engine.model.memory._MEMINFO", meminfo)
+    monkeypatch.setattr("engine.model.memory._CGROUP", cgroup)
+    cpu = torch.device("cpu")
+    require_memory(4 << 30, cpu)
+    with pytest.raises(ConfigError, match=r"kv_cache: 500\.0 GiB - must be at most 4\.0 GiB, what cpu has free"):
+        require_memory(500 << 30, cpu)
+    cgroup.mkdir()
+    (cgroup / "memory.current").write_text("1073741824\n")
+    (cgroup / "memory.max").write_text("max\n")
+    assert available_bytes(cpu) == 4 << 30
+    (cgroup / "memory.max").write_text("3221225472\n")
+    assert available_bytes(cpu) == 2 << 30
+    meminfo.unlink()
+    (cgroup / "memory.max").unlink()
+    assert available_bytes(cpu) is None
 
 
 def test_kv_bytes() -> None:

@@ -86,6 +86,7 @@ def test_masks_reach_rules_and_soft_processors_do_not() -> None:
     logits = torch.zeros(3, 4)
     rows = Distributions([Shift(), Ban()]).of(logits, rows_for(3))
     assert rows.allowed is not None
+    assert rows.logits is not None
     assert not rows.allowed[:, 0].any()
     assert rows.allowed[:, 1:].all()
     assert (rows.probs[:, 0] == 0).all()

@@ -86,8 +86,9 @@ def _pieces(rule: str, q: Rows | None, p: Rows, drafted: Tensor, vocab: int) -> 
     """pi at every token, residual and full rows of num windows of one draft each (bonus rows are left out)."""
     num, kind = len(drafted), QKind.DENSE if q is not None else QKind.ONE_HOT
     allowed = None if p.allowed is None else p.allowed.repeat_interleave(2, 0)
+    assert p.logits is not None
     doubled = Rows(p.probs.repeat_interleave(2, 0), p.logits.repeat_interleave(2, 0), allowed)
-    wide = None if q is None else Rows(_twice(q.probs), _twice(q.logits), None)
+    wide = None if q is None or q.logits is None else Rows(_twice(q.probs), _twice(q.logits), None)
     batch = DraftBatch((1,) * num, drafted.unsqueeze(1), [[kind, QKind.NONE]] * num, wide, (0,) * num, (False,) * num, (0,) * num)
     seq = sequence(rule)
     rows = RowBatch((seq,) * 2 * num, (0, 1) * num, tuple(i // 2 for i in range(2 * num)), drafted.unsqueeze(1))
