@@ -93,7 +93,8 @@ def require_memory(kv_bytes: int, device: torch.device) -> None:
     free = available_bytes(device)
     if free is not None and kv_bytes > free:
         raise ConfigError(
-            f"engine.kv_cache: {kv_bytes / 2**30:.1f} GiB - must be at most {free / 2**30:.1f} GiB, what {device} has free beside the weights"
+            f"engine.kv_cache: {kv_bytes / 2**30:.1f} GiB - must be at most {free / 2**30:.1f} GiB, "
+            f"what {device} has free beside the weights"
         )
 
 

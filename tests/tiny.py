@@ -177,6 +177,7 @@ class Setup:
     max_step_tokens: int = 32
     max_drafter_tokens: int | None = None
     max_sequences: int = 8
+    device: str = "cpu"
     vocab: int = VOCAB
     path: Path = Path("target")  # folder with the tokenizer, for tests that have one
     end_token_ids: tuple[int, ...] = ()
@@ -193,17 +194,17 @@ _DRAFTERS: dict[str, DrafterConfig] = {
 def make_core(setup: Setup) -> EngineCore:
     """An engine over the tiny models."""
     # the paged attention is set on a shallow copy's config, so that the naive model keeps its own
-    target = Member(DecoderStack(copy.deepcopy(target_model(vocab=setup.vocab))), 64, setup.path, setup.end_token_ids)
+    target = Member(DecoderStack(copy.deepcopy(target_model(vocab=setup.vocab)).to(setup.device)), 64, setup.path, setup.end_token_ids)
     drafter = None
     if setup.drafter == "model":
-        model = copy.deepcopy(drafter_model(vocab=setup.vocab))
+        model = copy.deepcopy(drafter_model(vocab=setup.vocab)).to(setup.device)
         drafter = Member(DecoderStack(model), min(64, setup.drafter_context), Path("drafter"))
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(
         model=ModelPair(name="tiny", target=ModelSource(source="target"), drafter=_DRAFTERS[setup.drafter]),
         speculation=SpeculationConfig(draft_length=setup.policy),
         engine=RuntimeConfig(
-            device="cpu",
+            device=setup.device,
             max_sequences=setup.max_sequences,
             max_step_tokens=setup.max_step_tokens,
             max_drafter_tokens=setup.max_drafter_tokens,
