@@ -18,7 +18,7 @@ from engine.client import EngineClient
 from engine.errors import EngineDead
 from engine.stats import EngineInfo
 from server import errors, ops
-from server.deps import BearerAuth, Serving
+from server.deps import BearerAuth, BodyLimit, Serving
 from server.drain import Draining
 from server.metrics import Metrics
 from server.openai import chat, completions, models
@@ -52,6 +52,7 @@ def create_app(
         app.include_router(router, prefix="/v1")
     app.include_router(ops.router)
     errors.install(app, app.state.metrics.refused)
+    app.add_middleware(BodyLimit, limit=deployment.server.max_body_bytes, refused=app.state.metrics.refused)
     app.add_middleware(BearerAuth, keys=deployment.server.api_keys, refused=app.state.metrics.refused)
     app.add_middleware(RequestId)  # the outermost: refusals have an id, too
     return app

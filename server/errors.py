@@ -4,6 +4,7 @@ The class decides whether client or server is at fault; no route catches anythin
 
     engine.errors.ClientError
     ├── UnknownModel       a model id that is not served
+    ├── BodyTooLarge       a body of more bytes than the deployment takes
     └── InvalidKey         no API key, or a wrong one
     engine.errors.ServerError
     ├── NotLoaded          the model is still being loaded
@@ -29,6 +30,13 @@ class UnknownModel(ClientError):
 
     def __init__(self, model: str, served: tuple[str, ...]):
         super().__init__(f"The model {_short(model)!r} does not exist. This server has {', '.join(served)}.")
+
+
+class BodyTooLarge(ClientError):
+    """A body of more bytes than the deployment takes."""
+
+    def __init__(self, limit: int):
+        super().__init__(f"The request body is too large: this server takes {limit} bytes at most (server.max_body_bytes).")
 
 
 class InvalidKey(ClientError):
@@ -72,6 +80,7 @@ class Entry:
 
 TABLE: Mapping[type[BaseException], Entry] = {
     UnknownModel: Entry(404, "invalid_request_error", "model_not_found", "model"),
+    BodyTooLarge: Entry(413, "invalid_request_error", "request_too_large"),
     InvalidKey: Entry(401, "invalid_request_error", "invalid_api_key"),
     ContextLengthExceeded: Entry(400, "invalid_request_error", "context_length_exceeded"),
     InvalidRequest: Entry(400, "invalid_request_error"),  # and the param that the error names

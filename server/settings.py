@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from engine.config import EngineConfig, Preset, Section
@@ -33,6 +33,7 @@ class ServerSettings(Section):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="accepted bearer tokens; none: everybody is served")
     max_queued_requests: int = Field(256, ge=1, le=1_000_000, description="answers that may wait before new ones get a 503")
+    max_body_bytes: ByteSize = Field(ByteSize(32 << 20), ge=1, description="longest body of a request, such as 32MiB; beyond it is a 413")
     drain_seconds: float = Field(30.0, ge=0, le=86_400, allow_inf_nan=False, description="time to finish what runs at SIGTERM")
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

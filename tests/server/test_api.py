@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from engine.errors import EngineDead, QueueFull
 from engine.request import FinishReason, Round
 from server.text import TextTokenizer
 from tests.fakes import Part
-from tests.server.conftest import Served, chunks_of, make_deployment, serve, until
+from tests.server.conftest import Served, chunks_of, make_deployment, serve, serve_socket, until
 
 USER: Any = [{"role": "user", "content": "hello"}]
 RENDERED = "user\nhello\nassistant\n"  # the fake engine says the prompt back; special tokens have no text
@@ -446,6 +447,48 @@ async def test_bad_bodies(served: Served, content: bytes) -> None:
     for path in ("completions", "chat/completions"):
         response = await served.http.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"})
         assert error_of(response, 400)["type"] == "invalid_request_error"
+
+
+async def test_a_body_that_is_too_large(folder: Path) -> None:
+    async def pieces(num_bytes: int) -> AsyncIterator[bytes]:
+        for start in range(0, num_bytes, 100):
+            yield b" " * min(100, num_bytes - start)
+
+    headers = {"content-type": "application/json"}
+    for running in (serve, serve_socket):
+        async with running(folder, make_deployment(max_body_bytes=1000)) as served:
+            for content in (b" " * 1001, pieces(1001), pieces(100_000)):
+                response = await served.http.post("/v1/completions", content=content, headers=headers)
+                assert error_of(response, 413)["code"] == "request_too_large"
+                assert "1000 bytes" in response.json()["error"]["message"]
+                assert response.headers["x-request-id"]
+            for content in (b" " * 1000, pieces(1000)):
+                assert error_of(await served.http.post("/v1/completions", content=content, headers=headers), 400)
+            body = b'{"model": "tiny", "prompt": "hello"}'.ljust(1000)
+            assert (await served.http.post("/v1/completions", content=body, headers=headers)).status_code == 200
+            assert b'cascade_refusals_total{code="request_too_large",status="413"} 3.0' in (await served.http.get("/metrics")).content
+
+
+@pytest.mark.parametrize("length", ["1001", "9" * 5000])
+async def test_a_body_that_says_it_is_too_large_is_not_read(folder: Path, length: str) -> None:
+    async with serve(folder, make_deployment(max_body_bytes=1000)) as served:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            raise AssertionError("the body was read")
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [(b"content-length", length.encode())]}
+        more: Any = {"query_string": b"", "asgi": {}, "http_version": "1.1", "scheme": "http", "server": None}
+        await served.app(scope | more, receive, send)
+        assert sent[0]["status"] == 413
+
+
+async def test_keys_are_checked_before_a_body_is_read(folder: Path) -> None:
+    async with serve(folder, make_deployment(max_body_bytes=10, api_keys=("key",))) as served:
+        assert (await served.complete("hello")).status_code == 401
 
 
 async def test_a_body_that_is_not_json(served: Served) -> None:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import ByteSize, ValidationError
 
 from engine.errors import ConfigError
 from server.settings import Deployment, ServerSettings, load
@@ -54,6 +54,7 @@ def test_a_deployment_is_frozen(file: Path) -> None:
         ("server:", "server: None - must be a mapping of keys"),
         ("server: {port: 70000}", "server.port: 70000 - must be at most 65535"),
         ("server: {host: ''}", "server.host: '' - must not be empty"),
+        ("server: {max_body_bytes: 0}", "server.max_body_bytes: 0 - must be at least 1"),
         ("server: {keep_alive_seconds: 0}", "server.keep_alive_seconds: 0 - must be more than 0.0"),
         ("server: {drain_seconds: .nan}", "server.drain_seconds: nan - must be a finite number"),
         ("server: {log_level: loud}", "server.log_level: 'loud' - must be 'debug', 'info', 'warning' or 'error'"),
@@ -139,6 +140,7 @@ def test_the_environment_overrides_the_servers_part(file: Path) -> None:
         "CASCADE_PORT": "9000",
         "CASCADE_API_KEYS": "one, two",
         "CASCADE_MAX_QUEUED_REQUESTS": "7",
+        "CASCADE_MAX_BODY_BYTES": "2MiB",
         "CASCADE_DRAIN_SECONDS": "1.5",
         "CASCADE_KEEP_ALIVE_SECONDS": "2",
         "CASCADE_LOG_LEVEL": "debug",
@@ -149,6 +151,7 @@ def test_the_environment_overrides_the_servers_part(file: Path) -> None:
         port=9000,
         api_keys=("one", "two"),
         max_queued_requests=7,
+        max_body_bytes=ByteSize(2 << 20),
         drain_seconds=1.5,
         keep_alive_seconds=2.0,
         log_level="debug",
