@@ -81,14 +81,16 @@ def bind(settings: ServerSettings) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections to time out
         listener.bind(address)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a host that no name can be, such as a..b
         if listener is not None:
             listener.close()
         raise _refused(settings, error) from error
     return listener
 
 
-def _refused(settings: ServerSettings, error: OSError) -> ConfigError:
+def _refused(settings: ServerSettings, error: OSError | ValueError) -> ConfigError:
+    if not isinstance(error, OSError):
+        return ConfigError(f"server.host: {settings.host!r} - is no address and no host name ({error}).")
     if error.errno == errno.EADDRINUSE:
         return ConfigError(f"server.port: {settings.port} - is taken on {settings.host}; choose another, with --port for instance.")
     return ConfigError(f"server.host: {settings.host!r}, server.port: {settings.port} - cannot be listened on: {error.strerror}.")

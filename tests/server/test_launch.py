@@ -81,6 +81,12 @@ def test_a_taken_port_is_one_line() -> None:
             bind(ServerSettings(port=port))
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_host_that_can_be_no_name_is_one_line(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"^server\.host: '.*' - is no address and no host name \(.*\)\.$"):
+        bind(ServerSettings(host=host))
+
+
 def test_an_address_of_another_machine_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"server\.host: '192\.0\.2\.1'"):
         bind(ServerSettings(host="192.0.2.1"))
