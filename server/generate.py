@@ -67,7 +67,7 @@ class Generation:
         self._exits = AsyncExitStack()
         self._streams: list[Stream] = []
         self._begun: set[int] = set()  # prompts of which something was delivered
-        self._error: ServerError | None = None
+        self._error: Exception | None = None
         self.record = RequestRecord(
             rule=speculation.rule,
             num_spec_tokens=num_spec_tokens,
@@ -102,7 +102,7 @@ class Generation:
                     yield self._take(prompt, deltas)
             if any(answer.record.finish_reason is None for answer in self._answers):
                 raise self._error or EngineDead("The engine ended an answer before it was finished.")
-        except ServerError as error:
+        except Exception as error:  # of whatever kind: the numbers call the answer an error, and the caller tells the client
             self._error = error
             raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import aclosing
 from types import TracebackType
@@ -17,6 +18,8 @@ from engine.errors import ServerError
 from server.errors import ClientGone, body_of
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 # Clients that split lines as Python's str.splitlines does would cut an event at these; in JSON they may be escaped.
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
@@ -73,7 +76,11 @@ async def _framed(events: AsyncGenerator[str, None]) -> AsyncIterator[ServerSent
         async with aclosing(events):
             async for event in events:
                 yield ServerSentEvent(event.translate(_LINE_ENDS), sep="\n")
-    except ServerError as error:
+    except Exception as error:
+        # Whatever it is: the status line has long been sent, so this is the last place that can tell the client. A stream that just
+        # ends looks like an answer to some clients.
+        if not isinstance(error, ServerError):
+            logger.exception("A stream was ended by an error that nobody foresaw.")
         yield ServerSentEvent(json.dumps(body_of(error)), sep="\n")
     yield ServerSentEvent("[DONE]", sep="\n")
 

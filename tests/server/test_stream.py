@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from sse_starlette import EventSourceResponse
 
 from engine.errors import EngineDead
 from server.app import create_app
+from server.stream import EventStream
 from tests.fakes import FakeEngine, Part, make_info
 from tests.server.conftest import Served, chunks_of, events_of, listen, make_deployment, serve, serve_socket, until
 
@@ -114,6 +117,22 @@ async def test_an_engine_that_dies_in_mid_stream(both: Served) -> None:
     assert b'finish_reason="error",model="tiny",preset=""} 1.0' in (await both.http.get("/metrics")).content
 
 
+@pytest.mark.parametrize("broken", ["server.generate._Answer.push", "server.openai.schema.Chunk.model_dump_json"])
+async def test_an_unforeseen_error_in_mid_stream(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    monkeypatch.setattr(broken, lambda *_: 1 / 0)
+    events = events_of(await served.complete("hello world", stream=True))
+    assert json.loads(events[-2]) == {
+        "error": {"message": "The server had an internal error.", "type": "server_error", "param": None, "code": "internal_error"}
+    }
+    assert events[-1] == "[DONE]"
+    (record,) = caplog.records
+    assert (record.levelno, record.exc_info and record.exc_info[0]) == (logging.ERROR, ZeroDivisionError)
+    assert not served.engine.streams
+    assert served.app.state.draining.num_running == 0
+
+
 async def test_the_official_client_sees_the_error(served: Served) -> None:
     served.answer_with(dies_after=1, delay=0.01)
     stream = await served.openai.chat.completions.create(model="tiny", messages=USER, stream=True)
@@ -171,9 +190,15 @@ async def test_draining_cuts_what_takes_too_long(folder: Path) -> None:
         assert not served.engine.streams
 
 
+def test_what_the_stream_overrides_is_there() -> None:
+    """A private method of sse-starlette; under another name SIGTERM would end every stream."""
+    name = "_listen_for_exit_signal_with_grace"
+    assert inspect.iscoroutinefunction(EventSourceResponse.__dict__[name])
+    assert name in EventStream.__dict__
+
+
 async def test_a_server_that_ends_lets_streams_finish(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As at SIGTERM: uvicorn is told to end and sse-starlette has noticed."""
-    assert hasattr(EventSourceResponse, "_listen_for_exit_signal_with_grace")  # what EventStream overrides
     engine = FakeEngine(make_info(str(folder)))
     app = create_app(engine, make_deployment())
     async with listen(app) as (server, url), httpx.AsyncClient(base_url=url) as http:
