@@ -40,7 +40,15 @@ def create_app(
     engine at the end. With `waits_for_engine` False it serves while that goes on, /health with 200 and /ready with 503; then the task
     `app.state.loading` says how it ended. `app.state.draining.begin()` is for whoever handles SIGTERM.
     """
-    app = FastAPI(title="Cascade Serve", version=_version(), lifespan=_lifespan, redirect_slashes=False, strict_content_type=False)
+    app = FastAPI(
+        title="Cascade Serve",
+        version=_version(),
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        strict_content_type=False,
+        docs_url=None,  # FastAPI's pages load scripts from another server
+        redoc_url=None,
+    )
     app.state.engine = engine
     app.state.deployment = deployment
     app.state.load_tokenizer = load_tokenizer

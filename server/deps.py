@@ -52,7 +52,10 @@ Served = Annotated[Serving, Depends(get_serving)]
 
 
 class BearerAuth:
-    """Middleware: everything under /v1 wants one of the keys. Without keys everybody is served. A body is not read before."""
+    """Middleware: everything under /v1 wants one of the keys, and so does its description, /openapi.json.
+
+    Without keys everybody is served. A body is not read before.
+    """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], refused: Refused):
         self._app = app
@@ -125,7 +128,7 @@ def _refuse(error: ClientError, refused: Refused) -> Response:
 
 
 def _is_guarded(path: str) -> bool:
-    return path == "/v1" or path.startswith("/v1/")
+    return path in ("/v1", "/openapi.json") or path.startswith("/v1/")
 
 
 def _digest(key: bytes) -> bytes:

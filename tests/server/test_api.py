@@ -555,8 +555,16 @@ async def test_api_keys(folder: Path) -> None:
             assert response.status_code == 200
         assert (await served.http.post("/v1/completions", content=b"{")).status_code == 401
         assert (await served.http.get("/v1/nothing")).status_code == 401
+        assert (await served.http.get("/openapi.json")).status_code == 401
+        assert (await served.http.get("/openapi.json", headers={"authorization": "Bearer first"})).status_code == 200
         for path in ("/health", "/ready", "/metrics", "/version"):
             assert (await served.http.get(path)).status_code == 200
+
+
+async def test_the_description_is_open_and_has_no_pages(served: Served) -> None:
+    assert "/v1/chat/completions" in (await served.http.get("/openapi.json")).json()["paths"]
+    for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):  # they would load scripts from another server
+        assert error_of(await served.http.get(path), 404)
 
 
 async def test_request_ids(both: Served) -> None:
