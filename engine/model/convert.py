@@ -2,11 +2,16 @@
 
 Run by gguf_cache in a process of its own, which takes the memory of the conversion and transformers' progress bars with it.
 It keeps no cache and checks nothing: whatever transformers raises ends it, and its last line of output says why.
+
+Its standard input is a pipe whose other end only its parent holds. When the pipe ends, so does this process, however the parent went:
+nobody would use the copy, and the next one to ask for it clears the folder away. By hand: `sleep infinity | python -m ...`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -24,5 +29,13 @@ def convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _end_with_parent() -> None:
+    """Block until standard input ends, then end this process, whatever its other threads are doing."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -69,9 +69,13 @@ def converted(gguf: Path, cache_dir: Path, progress: Callable[[str], None], conv
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Fill `folder` with the model of `gguf` in a process of its own. Raises SourceError when the file is not readable."""
+    """Fill `folder` with the model of `gguf` in a process of its own, which ends when this one does.
+
+    Raises SourceError when the file is not readable.
+    """
     command = [sys.executable, "-m", "engine.model.convert", str(gguf), str(folder)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    with _pipe() as (child_end, _):  # nothing is written to it; that it ends tells the child
+        done = subprocess.run(command, check=False, stdin=child_end, capture_output=True, text=True)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise SourceError(f"{gguf} cannot be read as a GGUF model ({reason[0]}).")
@@ -148,6 +152,17 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _pipe() -> Iterator[tuple[int, int]]:
+    """The two ends of a pipe, to read and to write; no child inherits the second."""
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 @contextmanager

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -72,6 +80,57 @@ def test_check_with_loading_needs_the_models(tmp_path: Path) -> None:
     result = runner.invoke(app, ["check", str(HUB_CONFIGS[0])])
     assert result.exit_code == 2
     assert "HF_HUB_OFFLINE is set" in result.stderr
+
+
+STUBS = {  # a conversion that begins at once and never ends
+    "torch": "float32 = None",
+    "transformers": """
+import pathlib, sys, time
+class AutoModelForCausalLM:
+    def from_pretrained(*args, **options):
+        pathlib.Path(sys.argv[2], "begun").touch()
+        time.sleep(600)
+class AutoTokenizer: ...
+class GgufConfig:
+    def __init__(self, **options): ...
+""",
+}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_over(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # where nobody collects the orphans of others
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_conversion_ends_with_the_server(tmp_path: Path, number: signal.Signals) -> None:
+    for name, source in STUBS.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    code = f"""
+from pathlib import Path
+from engine.model.gguf_cache import convert_gguf
+convert_gguf(Path("model.gguf"), Path({str(tmp_path)!r}))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(CONFIGS.parent)))}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment) as parent:
+        wait_for((tmp_path / "begun").exists, 60)
+        (child,) = psutil.Process(parent.pid).children()
+        parent.send_signal(number)
+        parent.wait(10)
+    try:
+        wait_for(lambda: is_over(child), 20)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def test_a_taken_port_is_one_line() -> None:
