@@ -65,6 +65,13 @@ class NumberWriter:
         return ""
 
 
+class StopStrings:
+    """Stop strings, ready to be searched for. Made once for all answers of a request: the tables cost a step of Python a character."""
+
+    def __init__(self, stops: Sequence[str] = ()):
+        self.tables = tuple((stop, _borders(stop)) for stop in stops)
+
+
 class StopScanner:
     """Finds the first stop string to be completed in a text that comes in pieces, and never lets a part of it out.
 
@@ -72,9 +79,9 @@ class StopScanner:
     what must be held back. If two strings end at the same character, the longer one counts.
     """
 
-    def __init__(self, stops: Sequence[str]):
-        self._stops = [(stop, _borders(stop)) for stop in stops]
-        self._matched = [0] * len(stops)
+    def __init__(self, stops: StopStrings):
+        self._stops = stops.tables
+        self._matched = [0] * len(self._stops)
         self._held = ""
         self.is_stopped = False
 

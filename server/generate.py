@@ -16,7 +16,7 @@ from engine.client import Stream
 from engine.errors import EngineDead, ServerError
 from engine.request import FinishReason, Request, Round, TokenDelta
 from server.deps import Serving
-from server.detokenize import StopScanner
+from server.detokenize import StopScanner, StopStrings
 from server.record import ChoiceRecord, RequestRecord
 from server.text import TextTokenizer
 
@@ -62,7 +62,7 @@ class Generation:
         self._job = job
         self._serving = serving
         self._num_choices = len(first.choices)
-        self._answers = [_Answer(serving.tokenizer, job.stops, num_spec_tokens) for r in job.requests for _ in r.choices]
+        self._answers: list[_Answer] = []  # made when the engine has taken the job
         self._metrics = serving.metrics.request(job.preset, speculation.rule)
         self._exits = AsyncExitStack()
         self._streams: list[Stream] = []
@@ -73,7 +73,7 @@ class Generation:
             num_spec_tokens=num_spec_tokens,
             num_prompt_tokens=sum(len(request.prompt_ids) for request in job.requests),
             num_choices=self._num_choices,
-            choices=[answer.record for answer in self._answers],
+            choices=[ChoiceRecord(num_spec_tokens) for request in job.requests for _ in request.choices],
             arrived_at=job.arrived_at,
         )
 
@@ -86,6 +86,8 @@ class Generation:
             self._serving.draining.discard(self)
             await self._exits.aclose()
             raise
+        stops = StopStrings(self._job.stops)
+        self._answers = [_Answer(self._serving.tokenizer, stops, record) for record in self.record.choices]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -145,10 +147,10 @@ class Generation:
 class _Answer:
     """One choice: its text so far, and its numbers."""
 
-    def __init__(self, tokenizer: TextTokenizer, stops: tuple[str, ...], num_spec_tokens: int):
+    def __init__(self, tokenizer: TextTokenizer, stops: StopStrings, record: ChoiceRecord):
         self._detokenizer = tokenizer.detokenizer()
         self._scanner = StopScanner(stops)
-        self.record = ChoiceRecord(num_spec_tokens)
+        self.record = record
 
     @property
     def is_cut(self) -> bool:

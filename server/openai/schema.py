@@ -61,7 +61,7 @@ def _encodable_prompts(prompts: Sequence[Any]) -> Sequence[Any]:
 Text = Annotated[str, AfterValidator(_encodable)]
 Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
 Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_encodable_prompts)]
-Stops = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4), BeforeValidator(_as_list)]
+Stops = Annotated[list[Annotated[Text, Field(min_length=1, max_length=1024)]], Field(max_length=4), BeforeValidator(_as_list)]
 
 
 # ---------------------------------------------------------------------- requests

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+import server.detokenize
 from engine.errors import EngineDead, QueueFull
 from engine.request import FinishReason, Round
 from server.text import TextTokenizer
@@ -206,6 +207,23 @@ async def test_a_stop_string_across_tokens(served: Served, tokenizer: TextTokeni
     assert served.engine.aborted == [(served.engine.requests[0].id, 0)]
 
 
+async def test_stop_strings_are_prepared_once_and_only_for_what_runs(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[str] = []
+    borders = server.detokenize._borders
+
+    def noted(stop: str) -> list[int]:
+        prepared.append(stop)
+        return borders(stop)
+
+    monkeypatch.setattr(server.detokenize, "_borders", noted)
+    stops = ["x" * 1024, "y"]
+    assert (await served.complete(["hello", "world"], n=4, stop=stops)).status_code == 200
+    assert prepared == stops
+    served.answer_with(refusal=QueueFull(3, 7))
+    assert (await served.complete("hello", stop=stops, stream=True)).status_code == 503
+    assert prepared == stops
+
+
 async def test_what_could_have_been_a_stop_comes_out_at_the_end(served: Served, tokenizer: TextTokenizer) -> None:
     served.answer_with(parts=[Part(tuple(tokenizer.encode("hello wor")))])
     assert (await served.complete(stop="world")).json()["choices"][0]["text"] == "hello wor"
@@ -372,6 +390,8 @@ async def test_neutral_values_are_served(served: Served) -> None:
         ({"stop": ""}, "stop.0"),
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": [1]}, "stop.0"),
+        ({"stop": "a" * 1025}, "stop.0"),
+        ({"stop": ["a", "a" * 10**6]}, "stop.1"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"speculation": {"rule": "chow"}}, "speculation.rule"),

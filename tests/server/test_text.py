@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from engine.errors import InvalidRequest, SourceError
-from server.detokenize import Detokenizer, StopScanner
+from server.detokenize import Detokenizer, StopScanner, StopStrings
 from server.template import ChatTemplate
 from server.text import TextTokenizer
 from tests.server.conftest import SPECIAL, TEMPLATE, build_tokenizer
@@ -118,14 +118,14 @@ def naive_stop(text: str, stops: list[str]) -> tuple[str, bool]:
 
 @given(st.lists(st.text("ab", max_size=4)), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
 def test_stops_are_found_as_naively(pieces: list[str], stops: list[str]) -> None:
-    scanner = StopScanner(stops)
+    scanner = StopScanner(StopStrings(stops))
     out = "".join(scanner.push(piece) for piece in pieces) + scanner.flush()
     assert (out, scanner.is_stopped) == naive_stop("".join(pieces), stops)
 
 
 @given(st.lists(st.text("ab", max_size=4)), st.lists(st.text("ab", min_size=1, max_size=5), max_size=4))
 def test_only_a_possible_stop_is_held_back(pieces: list[str], stops: list[str]) -> None:
-    scanner = StopScanner(stops)
+    scanner = StopScanner(StopStrings(stops))
     sent = "".join(scanner.push(piece) for piece in pieces)
     if not scanner.is_stopped:
         text = "".join(pieces)
@@ -134,7 +134,7 @@ def test_only_a_possible_stop_is_held_back(pieces: list[str], stops: list[str]) 
 
 
 def test_a_long_stop_string_costs_no_more() -> None:
-    scanner = StopScanner(["a" * 50_000 + "b"])
+    scanner = StopScanner(StopStrings(["a" * 50_000 + "b"]))
     assert "".join(scanner.push("a" * 100) for _ in range(2000)) == "a" * 150_000
 
 
