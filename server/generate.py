@@ -26,7 +26,7 @@ class Job:
     """What a client asked for, parsed and tokenised."""
 
     id: str
-    requests: tuple[Request, ...]  # one a prompt; they differ in nothing else
+    requests: tuple[Request, ...]  # one a prompt; they differ in their ids, their seeds and what depends on a prompt's length
     stops: tuple[str, ...]
     model_id: str  # as the client wrote it
     preset: str  # "" for the model itself

@@ -124,14 +124,14 @@ def _check(body: GenerationBody, serving: Serving, num_prompts: int) -> None:
 
 
 def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], ignored: tuple[str, ...], arrived_at: float) -> Job:
+    """A client's seed is the seed of every prompt, so equal prompts get equal answers; otherwise each prompt has its own."""
     job_id = uuid.uuid4().hex
-    seed = secrets.randbits(64) if body.seed is None else body.seed
     speculation = _speculation(body, serving)
     requests = tuple(
         Request(
             id=f"{job_id}-{i}",
             prompt_ids=tuple(prompt),
-            sampling=_sampling(body, serving, len(prompt), seed),
+            sampling=_sampling(body, serving, len(prompt)),
             speculation=speculation,
             choices=tuple(Choice(index) for index in range(body.n or 1)),
         )
@@ -150,7 +150,7 @@ def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], i
     )
 
 
-def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int, seed: int) -> SamplingParams:
+def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) -> SamplingParams:
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is None:
         max_tokens = serving.info.max_model_len - num_prompt_tokens
@@ -163,7 +163,7 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int, se
         top_k=top_k if 0 < top_k < serving.info.vocab_size else 0,
         top_p=1.0 if body.top_p is None else body.top_p,
         min_p=body.min_p or 0.0,
-        seed=seed,
+        seed=secrets.randbits(64) if body.seed is None else body.seed,
         is_seeded=body.seed is not None,
         stop_token_ids=serving.info.end_token_ids,
     )

@@ -13,9 +13,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 # ---------------------------------------------------------------------- values
 
 
+INT_MAX = 2**31 - 1  # integers are small from here on: Python refuses to write one of thousands of digits, in messages, too
+
+
 def _encodable(text: str) -> str:
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("the text holds half of a surrogate pair, which no tokenizer can read")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text holds half of a surrogate pair, which no tokenizer can read") from error
     return text
 
 
@@ -51,16 +56,18 @@ def _is_list_of(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)  # a bool is no token id
 
 
-def _encodable_prompts(prompts: Sequence[Any]) -> Sequence[Any]:
+def _servable_prompts(prompts: Sequence[Any]) -> Sequence[Any]:
     for prompt in prompts:
         if isinstance(prompt, str):
             _encodable(prompt)
+        elif prompt and not (min(prompt) >= 0 and max(prompt) <= INT_MAX):
+            raise ValueError(f"a token id is at least 0 and at most {INT_MAX}")
     return prompts
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
 Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
-Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_encodable_prompts)]
+Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts)]
 Stops = Annotated[list[Annotated[Text, Field(min_length=1, max_length=1024)]], Field(max_length=4), BeforeValidator(_as_list)]
 
 
@@ -81,20 +88,20 @@ class Speculation(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     enabled: bool | None = Field(None, description="false: no drafts, every token is the target's")
-    max_draft: int | None = Field(None, ge=0, description="at most this many drafts a step; the deployment's bound holds, too")
+    max_draft: int | None = Field(None, ge=0, le=INT_MAX, description="at most this many drafts a step; the deployment's bound holds, too")
 
 
 class GenerationBody(Body):
     """What both endpoints take."""
 
     model: Text
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="wins over max_tokens, which it replaces")
+    max_tokens: int | None = Field(None, ge=1, le=INT_MAX)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT_MAX, description="wins over max_tokens, which it replaces")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=-1, description="0 or -1: off")
+    top_k: int | None = Field(None, ge=-1, le=INT_MAX, description="0 or -1: off")
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="every prompt of the request uses it; none: each has a random one")
     stop: Stops | None = None
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None

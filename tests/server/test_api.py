@@ -95,7 +95,7 @@ async def test_models(both: Served) -> None:
         ({}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "is_seeded": False, "stop_token_ids": (2,)}),
         ({"temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1}, {"temperature": 0.0, "top_p": 0.5, "top_k": 7, "min_p": 0.1}),
         ({"top_k": -1}, {"top_k": 0}),
-        ({"top_k": 10**30}, {"top_k": 0}),
+        ({"top_k": 2**31 - 1}, {"top_k": 0}),
         ({"temperature": None, "seed": -(2**63)}, {"temperature": 1.0, "seed": -(2**63), "is_seeded": True}),
         ({"seed": 2**64 - 1}, {"seed": 2**64 - 1, "is_seeded": True}),
         ({"max_tokens": 3}, {"max_tokens": 3}),
@@ -112,6 +112,17 @@ async def test_an_answer_may_fill_the_context(served: Served) -> None:
     await served.chat()
     request = served.engine.requests[0]
     assert len(request.prompt_ids) + request.sampling.max_tokens == served.engine.info.max_model_len
+
+
+async def test_unseeded_prompts_of_a_request_differ(served: Served) -> None:
+    await served.complete(["hello"] * 4)
+    assert len({request.sampling.seed for request in served.engine.requests}) == 4
+    assert not any(request.sampling.is_seeded for request in served.engine.requests)
+
+
+async def test_a_clients_seed_is_that_of_every_prompt(served: Served) -> None:
+    await served.complete(["hello"] * 4, seed=7)
+    assert [request.sampling.seed for request in served.engine.requests] == [7] * 4
 
 
 async def test_unseeded_requests_differ(served: Served) -> None:
@@ -412,6 +423,20 @@ async def test_bad_values(served: Served, fields: dict[str, Any], param: str) ->
     error = error_of(await served.chat(**fields), 400)
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert not served.engine.requests
+
+
+@pytest.mark.parametrize("value", [2**31, 10**4299, 10**4300 - 1, -(10**4300) + 1], ids=["2**31", "4300 digits", "nines", "negative"])
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "top_k", "n", "speculation.max_draft", "prompt", "prompt.0"])
+async def test_huge_integers(served: Served, field: str, value: int) -> None:
+    """Python reads an integer of 4300 digits, and fails at writing its sum with another one."""
+    bodies: dict[str, Any] = {
+        "speculation.max_draft": {"speculation": {"max_draft": value}},
+        "prompt": {"prompt": [5, value]},
+        "prompt.0": {"prompt": [[5, value]]},
+    }
+    error = error_of(await served.complete(**bodies.get(field, {field: value})), 400)
+    assert error["param"] == field.removesuffix(".0")
+    assert len(error["message"]) < 200
 
 
 @pytest.mark.parametrize("prompt", [[], None, 5, [True], ["a", 1], [[1], "a"], {}, [1024], [-1], [[]], [10**30], "", ["a"] * 13])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from server.openai.schema import ChatBody, CompletionBody
 from tests.server.conftest import serve
 
 KNOWN = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *NOT_IMPLEMENTED})
+NUMBERS = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n")
+# Python reads and writes integers of up to 4300 digits. One that it cannot write stands in a body as a text until the body is written.
+HUGE = st.integers(-3, 3).map(lambda i: 10**4300 + i if i < 0 else f"@{i}@") | st.sampled_from([10**4299, -(10**4300) + 1, 2**31, 2**63])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    st.none() | st.booleans() | st.integers() | HUGE | st.floats() | st.text(st.characters(), max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=8,
 )
@@ -27,12 +31,20 @@ MESSAGE = st.fixed_dictionaries(
 VALID: dict[str, st.SearchStrategy[Any]] = {
     "model": st.sampled_from(["tiny", "tiny:off"]),
     "messages": st.lists(MESSAGE, min_size=1, max_size=3),
-    "prompt": st.text(max_size=20) | st.lists(st.integers(0, 300), max_size=5),
+    "prompt": st.text(max_size=20) | st.lists(st.integers(0, 300) | HUGE, max_size=5),
 }
+
+
+def body_of(value: Any) -> bytes:
+    return re.sub(rb'"@(\d)@"', rb"1" + b"0" * 4299 + rb"\1", json.dumps(value).encode())
+
+
 OBJECT = st.builds(
     dict.__or__, st.fixed_dictionaries(VALID), st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=5), JSON, max_size=3)
 )
-BODY = st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()) | OBJECT.map(lambda value: json.dumps(value).encode())
+PLAIN = {"model": "tiny", "prompt": "hello", "messages": [{"role": "user", "content": "hello"}]}
+NUMBERED = st.builds(lambda name, value: {**PLAIN, name: value}, st.sampled_from(NUMBERS), HUGE | st.integers(-2, 20))
+BODY = st.binary(max_size=60) | (JSON | OBJECT | NUMBERED).map(body_of)
 PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions"])
 
 
