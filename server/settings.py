@@ -137,7 +137,9 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ob
         if not variable.startswith(ENV_PREFIX) or variable in OTHER_VARIABLES:
             continue
         if key not in ServerSettings.model_fields:
-            logger.warning("The environment variable %s is not known and changes nothing.", variable)
+            known = {*ServerSettings.model_fields, *(other.removeprefix(ENV_PREFIX).lower() for other in OTHER_VARIABLES)}
+            hint = "".join(f"; did you mean {ENV_PREFIX}{name.upper()}?" for name in _close_to(key, known)) or "."
+            logger.warning("The environment variable %s is not known and changes nothing%s", variable, hint)
             continue
         if text:
             found[key] = (variable, _api_keys(variable, text) if key == "api_keys" else text)
@@ -160,6 +162,8 @@ def _explain(details: ErrorDetails, content: dict[str, Any], path: Path, origins
     name = origins.get(key) or f"{path}: {key}"
     if details["type"] in ("missing", "extra_forbidden"):
         return f"{name} - {_bound(details)}"
+    if details["input"] is None:  # a key with nothing behind it; Python's word for that is not in the file
+        return f"{name} - is empty; {_bound(details)}"
     shown = "(hidden)" if "api_keys" in key else _shorten(details["input"])
     return f"{name}: {shown} - {_bound(details)}"
 
@@ -183,6 +187,7 @@ BOUNDS = {  # pydantic's error type to a sentence over its context
     "less_than_equal": "must be at most {le}",
     "greater_than": "must be more than {gt}",
     "finite_number": "must be a finite number",
+    "string_type": "must be text",
     "string_too_short": "must not be empty",
     "string_pattern_mismatch": "must have no spaces and no colon",
     "literal_error": "must be {expected}",
@@ -191,24 +196,51 @@ BOUNDS = {  # pydantic's error type to a sentence over its context
     "model_type": "must be a mapping of keys",
     "model_attributes_type": "must be a mapping of keys",
     "dict_type": "must be a mapping of keys",
+    "byte_size": "write a size such as 1GiB or 512MiB",
+    "byte_size_unit": "write a size such as 1GiB or 512MiB",
     "value_error": "{error}",
 }
 
 
 def _bound(details: ErrorDetails) -> str:
     if details["type"] == "extra_forbidden":
-        return f"unknown key{_suggestion(str(details['loc'][-1]))}"
+        return f"unknown key{_suggestion(details['loc'])}"
     if details["type"] in BOUNDS:
         return BOUNDS[details["type"]].format(**details.get("ctx", {}))
     return details["msg"].removeprefix("Input ")
 
 
-def _suggestion(key: str) -> str:
-    """The key that was probably meant."""
-    sections = Deployment.model_json_schema()["$defs"].values()
-    known = {name for section in sections for name in section["properties"]} - {key}
-    close = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _suggestion(place: tuple[int | str, ...]) -> str:
+    """What was probably meant by an unknown key: one of another kind, or one with nearly the same name that is allowed at this place."""
+    key = str(place[-1])
+    known, owners = _allowed_at(place[:-1], key)
+    if owners:
+        return f"; {key} belongs to {owners}"
+    return "".join(f"; did you mean {name}?" for name in _close_to(key, known))
+
+
+def _allowed_at(place: tuple[int | str, ...], key: str) -> tuple[set[str], str]:
+    """The keys that a place has, and the other members of its union that have `key`, such as "kind ngram"."""
+    schema = Deployment.model_json_schema()
+    definitions: dict[str, dict[str, Any]] = {f"#/$defs/{name}": definition for name, definition in schema["$defs"].items()}
+    node, owners = schema, ""
+    for part in place:
+        owners = ""
+        if "discriminator" in node:  # pydantic puts the name of the member into the place
+            tag, members = node["discriminator"]["propertyName"], node["discriminator"]["mapping"]
+            having = [name for name, reference in members.items() if name != part and key in definitions[reference]["properties"]]
+            owners = f"{tag} {' or '.join(having)}" if having else ""
+            node = definitions[members[part]]
+        else:
+            free = node.get("patternProperties", {"": node.get("additionalProperties")})  # of a mapping whose keys people choose
+            node = node.get("properties", {}).get(part) or next(iter(free.values())) or {}
+            node = definitions.get(node.get("$ref", ""), node)
+    return set(node.get("properties", {})), owners
+
+
+def _close_to(key: str, known: set[str]) -> list[str]:
+    """The one known name that `key` is probably a misspelling of, or none."""
+    return difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.66)
 
 
 def _shorten(value: object) -> str:

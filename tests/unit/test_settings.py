@@ -48,10 +48,15 @@ def test_a_deployment_is_frozen(file: Path) -> None:
         ("engine: {block_size: 0}", "engine.block_size: 0 - must be at least 1"),
         ("engine: {block_size: 5000}", "engine.block_size: 5000 - must be at most 1024"),
         ("engine: {block_size: many}", "engine.block_size: 'many' - should be a valid integer, unable to parse string as an integer"),
-        ("engine: {kv_cache: 1 potato}", "engine.kv_cache: '1 potato' - could not interpret byte unit: potato"),
+        ("engine: {kv_cache: 1 potato}", "engine.kv_cache: '1 potato' - write a size such as 1GiB or 512MiB"),
+        ("engine: {kv_cache: 1XB}", "engine.kv_cache: '1XB' - write a size such as 1GiB or 512MiB"),
+        ("engine: {kv_cache: big}", "engine.kv_cache: 'big' - write a size such as 1GiB or 512MiB"),
         ("engine: {blok_size: 16}", "engine.blok_size - unknown key; did you mean block_size?"),
         ("zebra: 1", "zebra - unknown key"),
-        ("server:", "server: None - must be a mapping of keys"),
+        ("modle: {}", "modle - unknown key; did you mean model?"),
+        ("prot: 1", "prot - unknown key"),  # like port, which is no key of this place
+        ("server:", "server - is empty; must be a mapping of keys"),
+        ("server: {log_level:}", "server.log_level - is empty; must be 'debug', 'info', 'warning' or 'error'"),
         ("server: {port: 70000}", "server.port: 70000 - must be at most 65535"),
         ("server: {host: ''}", "server.host: '' - must not be empty"),
         ("server: {max_body_bytes: 0}", "server.max_body_bytes: 0 - must be at least 1"),
@@ -71,6 +76,10 @@ def test_a_deployment_is_frozen(file: Path) -> None:
             "speculation.draft_length: {'policy': 'heuristic', 'start': 9} - start is 9 and must be at most max, which is 8",
         ),
         ("speculation: {draft_length: {policy: fixed, mex: 3}}", "speculation.draft_length.mex - unknown key; did you mean max?"),
+        (
+            "speculation: {draft_length: {policy: fixed, start: 3}}",
+            "speculation.draft_length.start - unknown key; start belongs to policy heuristic",
+        ),
         ("speculation: {presets: {'a:b': {}}}", "speculation.presets.a:b: 'a:b' - must have no spaces and no colon"),
         ("speculation: {presets: {a: {rul: exact}}}", "speculation.presets.a.rul - unknown key; did you mean rule?"),
         (
@@ -90,6 +99,18 @@ def test_a_mistake_is_one_line_with_key_value_and_bound(file: Path, text: str, s
         ("model: {name: a}", "model.target - is required"),
         ("model: {name: a, target: {source: b}, drafter: {kind: model}}", "model.drafter.source - is required"),
         ("model: {name: a, target: {source: b}, drafter: {kind: ngram, max_n: 0}}", "model.drafter.max_n: 0 - must be at least 1"),
+        ("model: {name:, target: {source: b}}", "model.name - is empty; must be text"),
+        (
+            "model: {name: a, target: {source: b}, drafter: {kind: model, source: c, max_n: 3}}",
+            "model.drafter.max_n - unknown key; max_n belongs to kind ngram",
+        ),
+        (
+            "model: {name: a, target: {source: b}, drafter: {kind: none, source: c}}",
+            "model.drafter.source - unknown key; source belongs to kind model",
+        ),
+        ("model: {name: a, target: {source: b}, drafter: {kind: ngram, maxn: 3}}", "model.drafter.maxn - unknown key; did you mean max_n?"),
+        ("model: {name: a, target: {source: b, max: 3}}", "model.target.max - unknown key"),
+        ("model: {name: a, target: {source: b, type: c}}", "model.target.type - unknown key; did you mean dtype?"),
         ("model: {name: a, target: {source: b}, aliases: [c, a]}", "model.aliases: 'a' - is used twice; name and aliases must all differ"),
         ("model: {name: a, target: {source: b}, aliases: [c, c]}", "model.aliases: 'c' - is used twice; name and aliases must all differ"),
         ("model: {name: 'a:b', target: {source: b}}", "model.name: 'a:b' - must have no spaces and no colon"),
@@ -183,8 +204,17 @@ def test_the_command_line_wins_over_the_environment(file: Path) -> None:
 
 def test_unknown_variables_are_said(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        loaded(file, MODEL, {"CASCADE_PROT": "1", "CASCADE_CACHE_DIR": "x", "CASCADE_ENGINE": "x", "OTHER": "x"})
-    assert [record.getMessage().split()[3] for record in caplog.records] == ["CASCADE_ENGINE", "CASCADE_PROT"]
+        loaded(
+            file,
+            MODEL,
+            dict.fromkeys(("CASCADE_PROT", "CASCADE_CACHE_DIR", "CASCADE_CACHE", "CASCADE_ENGINE", "CASCADE_SERVICE_HOST", "OTHER"), "x"),
+        )
+    assert [record.getMessage().removeprefix("The environment variable ") for record in caplog.records] == [
+        "CASCADE_CACHE is not known and changes nothing; did you mean CASCADE_CACHE_DIR?",
+        "CASCADE_ENGINE is not known and changes nothing.",
+        "CASCADE_PROT is not known and changes nothing; did you mean CASCADE_PORT?",
+        "CASCADE_SERVICE_HOST is not known and changes nothing.",
+    ]
 
 
 def test_every_id_is_served_with_every_preset(file: Path) -> None:
