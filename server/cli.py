@@ -18,9 +18,10 @@ import typer
 from rich.console import Console
 
 from engine.errors import EngineError
+from server.listener import bind
 from server.settings import Deployment, load
 
-Config = Annotated[Path, typer.Argument(help="Deployment file, such as configs/default.yaml.", show_default=False)]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Deployment file, such as configs/default.yaml.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables show a type even for a flag
 )
 
 
@@ -53,8 +55,8 @@ def _options(
 @app.command()
 def serve(
     config: Config,
-    host: Annotated[str | None, typer.Option(help="Address to listen on, instead of the file's.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on, instead of the file's.")] = None,
+    host: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Address to listen on, instead of the file's.")] = None,
+    port: Annotated[int | None, typer.Option(metavar="PORT", help="Port to listen on, instead of the file's.")] = None,
     debug: Debug = False,
 ) -> None:
     """Load a deployment and serve it until SIGTERM or Ctrl-C."""
@@ -63,9 +65,10 @@ def serve(
         _set_up_logging(deployment)
         say = progress_to(Console(stderr=True))
         say(f"Cascade Serve {version('cascade-serve')}: loading {config}")
+        listener = bind(deployment.server)
         from server.launch import run  # torch and transformers take seconds
 
-        run(deployment, say)
+        run(deployment, listener, say)
 
 
 @app.command()
@@ -74,15 +77,17 @@ def check(
     no_load: Annotated[bool, typer.Option("--no-load", help="Read configs only; no weights, no conversion.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Validate a deployment and print what would be served and the memory it needs."""
+    """Print what a deployment would serve and the memory it needs."""
     with _one_line_errors(debug):
         deployment = load(config)
         _set_up_logging(deployment)
-        from server.report import estimated_figures, loaded_figures, table_of  # torch and transformers take seconds
+        from server.report import doubt_of, estimated_figures, loaded_figures, table_of  # torch and transformers take seconds
 
         part = deployment.engine_part
         figures = estimated_figures(part) if no_load else loaded_figures(part, progress_to(Console(stderr=True)))
         Console().print(table_of(config, deployment, figures))
+        if doubt := doubt_of(figures):
+            Console().print(doubt, markup=False, highlight=False, soft_wrap=True)
 
 
 def progress_to(console: Console) -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""Runs one deployment as an HTTP server: binds, loads, serves, drains. The only place that handles signals.
+"""Runs one deployment as an HTTP server: loads, serves, drains. The only place that handles signals.
 
 It listens from the beginning: while the model is loaded /health is 200 and /ready is 503.
 SIGTERM or Ctrl-C stops admission and lets what runs finish for up to `drain_seconds`; a second signal ends the process at once.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -20,10 +19,10 @@ from fastapi import FastAPI
 
 from engine.build import build
 from engine.client import ThreadClient
-from engine.errors import ConfigError
 from engine.stats import EngineInfo
 from server.app import create_app
 from server.drain import Draining
+from server.listener import refused
 from server.report import in_bytes
 from server.settings import Deployment, ServerSettings
 
@@ -33,13 +32,13 @@ CLOSING_SECONDS = 5  # for streams that were cut and for connections to close
 Say = Callable[[str], None]
 
 
-def run(deployment: Deployment, say: Say) -> None:
-    """Serve until a signal ends it. Raises ConfigError when it cannot start."""
-    asyncio.run(_run(deployment, say))
+def run(deployment: Deployment, listener: socket.socket, say: Say) -> None:
+    """Serve until a signal ends it; `listener` is closed then. Raises ConfigError when it cannot start."""
+    asyncio.run(_run(deployment, listener, say))
 
 
-async def _run(deployment: Deployment, say: Say) -> None:
-    with contextlib.closing(bind(deployment.server)) as listener:
+async def _run(deployment: Deployment, listener: socket.socket, say: Say) -> None:
+    with listener:
         ending = Ending(say)
         ending.listen()
         engine = ThreadClient(lambda: build(deployment.engine_part, say), deployment.server.max_queued_requests)
@@ -58,7 +57,7 @@ async def _run(deployment: Deployment, say: Say) -> None:
             try:
                 await serving
             except OSError as error:
-                raise _refused(deployment.server, error) from error
+                raise refused(deployment.server, error) from error
         say("Stopped")
 
 
@@ -71,29 +70,6 @@ async def _loaded_by(server: Server, serving: asyncio.Future[None], app: FastAPI
         await serving
     info: EngineInfo = await app.state.loading
     return info
-
-
-def bind(settings: ServerSettings) -> socket.socket:
-    """The configured address, taken but not yet listened on. Raises ConfigError."""
-    listener: socket.socket | None = None
-    try:
-        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections to time out
-        listener.bind(address)
-    except (OSError, ValueError) as error:  # ValueError: a host that no name can be, such as a..b
-        if listener is not None:
-            listener.close()
-        raise _refused(settings, error) from error
-    return listener
-
-
-def _refused(settings: ServerSettings, error: OSError | ValueError) -> ConfigError:
-    if not isinstance(error, OSError):
-        return ConfigError(f"server.host: {settings.host!r} - is no address and no host name ({error}).")
-    if error.errno == errno.EADDRINUSE:
-        return ConfigError(f"server.port: {settings.port} - is taken on {settings.host}; choose another, with --port for instance.")
-    return ConfigError(f"server.host: {settings.host!r}, server.port: {settings.port} - cannot be listened on: {error.strerror}.")
 
 
 class Server(uvicorn.Server):
@@ -140,7 +116,9 @@ class Ending:
         if self._drain is not None:
             self._say(f"Second signal ({number.name}): stopped at once")
             os._exit(128 + number)
-        self._say(f"{number.name}: finishing {self._draining.num_running} requests; a second signal stops at once")
+        self._say(
+            f"{number.name}: finishing {_requests(self._draining.num_running)} (up to {self._seconds:g} s); a second signal stops at once"
+        )
         self._draining.begin()
         self._drain = asyncio.create_task(self._finish(self._server, self._draining))
 
@@ -148,8 +126,12 @@ class Ending:
         try:
             await asyncio.wait_for(draining.idle(), self._seconds + CLOSING_SECONDS)
         except TimeoutError:
-            self._say(f"{draining.num_running} requests could not be ended in time")
+            self._say(f"{_requests(draining.num_running)} could not be ended in time")
         server.should_exit = True
+
+
+def _requests(number: int) -> str:
+    return "1 request" if number == 1 else f"{number} requests"
 
 
 def _uvicorn_config(app: object, settings: ServerSettings) -> uvicorn.Config:

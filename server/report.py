@@ -31,6 +31,7 @@ class Figures:
     kv_bytes_per_token: int | None = None
     num_blocks: int | None = None
     max_model_len: int | None = None
+    unread: tuple[str, ...] = ()  # models whose configs could not be had
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,11 @@ def estimated_figures(config: EngineConfig) -> Figures:
     sources: list[ModelSource] = [config.model.target]
     if isinstance(config.model.drafter, ModelDrafterConfig):
         sources.append(config.model.drafter)
-    known = [prospect for source in sources if (prospect := _prospect(source, config)) is not None]
+    prospects = [_prospect(source, config) for source in sources]
+    known = [prospect for prospect in prospects if prospect is not None]
     if len(known) < len(sources):
-        return Figures(str(device), config.model.target.dtype)
+        unread = tuple(source.source for source, prospect in zip(sources, prospects, strict=True) if prospect is None)
+        return Figures(str(device), config.model.target.dtype, unread=unread)
     if len(known) == 2 and all((prospect.member.path / "tokenizer.json").is_file() for prospect in known):
         check_pair(known[0].member, known[1].member)
     per_token = sum(prospect.size.kv_values_per_token * prospect.itemsize for prospect in known)
@@ -91,6 +94,14 @@ def table_of(path: Path, deployment: Deployment, figures: Figures) -> Table:
     for what, value in _rows(deployment, figures):
         table.add_row(what, value)
     return table
+
+
+def doubt_of(figures: Figures) -> str | None:
+    """What was not checked for want of the models' configs, or None."""
+    if not figures.unread:
+        return None
+    names = " and ".join(figures.unread)
+    return f"Not verified: whether this version supports {names}. The hub's configs cannot be read here (offline, or gated)."
 
 
 def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:

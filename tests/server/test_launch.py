@@ -14,14 +14,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvicorn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from engine.config import ModelDrafterConfig
 from engine.errors import ConfigError
 from engine.model.loader import quiet_transformers
 from server.cli import app
-from server.launch import bind
-from server.settings import ServerSettings
+from server.drain import Draining
+from server.launch import Ending, Server
+from server.listener import bind
+from server.settings import ServerSettings, load
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HUB_CONFIGS = sorted(file for file in CONFIGS.glob("*.yaml") if file.name != "default.yaml")
@@ -73,6 +77,10 @@ def test_ready_made_pairs_are_checked_without_network(file: Path) -> None:
     result = runner.invoke(app, ["check", str(file), "--no-load"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "unknown offline" in result.stdout
+    model = load(file, {}).model
+    assert isinstance(model.drafter, ModelDrafterConfig)
+    said = f"Not verified: whether this version supports {model.target.source} and {model.drafter.source}. "
+    assert result.stdout.splitlines()[-1] == said + "The hub's configs cannot be read here (offline, or gated)."
 
 
 @pytest.mark.usefixtures("offline")
@@ -136,8 +144,41 @@ convert_gguf(Path("model.gguf"), Path({str(tmp_path)!r}))
 def test_a_taken_port_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"server\.port: {port} - is taken on 127\.0\.0\.1"):
+        with pytest.raises(ConfigError) as caught:
             bind(ServerSettings(port=port))
+    assert str(caught.value) == f"server.port: Port {port} on 127.0.0.1 is in use; choose another with --port."
+
+
+def test_a_taken_port_is_said_before_anything_heavy_is_imported() -> None:
+    code = "import sys; sys.modules['torch'] = sys.modules['uvicorn'] = None; from server.cli import main; main()"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        command = [sys.executable, "-c", code, "serve", str(CONFIGS / "default.yaml"), "--port", str(other.getsockname()[1])]
+        done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[-1].endswith("is in use; choose another with --port.")) == (2, True), done.stderr
+
+
+class Idle(Draining):
+    """Something that drains at once."""
+
+    def __init__(self, number: int):
+        super().__init__(1.5)
+        self._number = number
+
+    @property
+    def num_running(self) -> int:
+        return self._number
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 requests"), (1, "1 request"), (2, "2 requests")])
+async def test_a_signal_says_what_is_finished_and_for_how_long(number: int, said: str) -> None:
+    lines: list[str] = []
+    ending, server = Ending(lines.append), Server(uvicorn.Config(lambda: None))
+    ending.serve(server, Idle(number), 1.5)
+    ending._handle(signal.SIGTERM)
+    assert ending._drain is not None
+    await ending._drain
+    assert server.should_exit
+    assert lines == [f"SIGTERM: finishing {said} (up to 1.5 s); a second signal stops at once"]
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64])

@@ -23,6 +23,14 @@ def test_help_and_version_need_no_torch() -> None:
     assert "serve" in runner.invoke(app, ["--help"]).output
 
 
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_flag_is_shown_plain_and_the_file_by_one_name(command: str) -> None:
+    text = runner.invoke(app, [command, "--help"]).output
+    assert "CONFIG" in text
+    assert "config " not in text
+    assert "bool" not in text
+
+
 @pytest.mark.parametrize("command", [["serve"], ["check"], ["check", "--no-load"]])
 def test_a_bad_deployment_is_one_line_and_exit_code_2(command: list[str], tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
