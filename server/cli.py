@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the deployment or the command line is wrong (one line on s
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the program."""
+    # Read when torch is loaded. Threads that spin while they wait make a step five times as long as soon as another program uses a
+    # core (measured on 2 cores: 57 ms a step passive, 284 ms spinning; 58 and 59 ms on an idle machine).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the program does, before torch is loaded
 
 
 @pytest.fixture(scope="session", autouse=True)
