@@ -6,19 +6,37 @@ Raises InvalidRequest for what a client's text is to blame for, and SourceError 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from engine.errors import InvalidRequest, SourceError
+from engine.errors import ClientError, ContextLengthExceeded, InvalidRequest, SourceError
 from server.detokenize import Detokenizer, NumberWriter
 from server.template import ChatTemplate, Message
+
+LONG_TEXT = 8192  # characters; a longer one is worth a thread, in which `encode` and `encode_chat` leave the interpreter to others
+
+
+class TextTooLong(ContextLengthExceeded):
+    """A text of so many characters that its tokens cannot fit; `num_prompt_tokens` is the least that it can have."""
+
+    def __init__(self, num_characters: int, least: int, max_model_len: int):
+        ClientError.__init__(
+            self,
+            f"This model's maximum context length is {max_model_len} tokens, but the prompt has {num_characters} characters, which are at "
+            f"least {least} tokens. They were not counted any further. Shorten the prompt.",
+        )
+        self.num_prompt_tokens = least
+        self.max_tokens = 1
+        self.max_model_len = max_model_len
 
 
 class TextTokenizer:
@@ -34,16 +52,18 @@ class TextTokenizer:
         self._template = template
         if self._tokenizer is None or tokenizer_json is None:
             return
-        self._literal_tokenizer = _plain(tokenizer_json)  # the flag is state of an instance, so there are two
-        self._literal_tokenizer.encode_special_tokens = True
+        spec = json.loads(self._tokenizer.to_str())  # as this version writes it: files leave out what has a default
+        self._literal_tokenizer = _reading_literally(tokenizer_json)  # the flag is state of an instance, so there are two
+        self._inner_tokenizer = self._literal_tokenizer  # for what does not begin a text
+        if (inner := _without_first_prefix(spec)) is not None:
+            self._inner_tokenizer = _reading_literally(json.dumps(inner))
+        self._length_bound = _length_bound(spec)
         added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
-        special = {token_id: token for token_id, token in added.items() if token.special}
-        self.special_ids = frozenset(special)
-        self._literals = {token.content: token_id for token_id, token in special.items()}
-        self._in_message = _alternatives(re.escape(literal) for literal in self._literals)
-        self._in_template = _alternatives(_as_tokenizer_sees(token) for token in special.values())
+        self._special = {token.content: (token_id, token) for token_id, token in added.items() if token.special}
+        self.special_ids = frozenset(token_id for token_id, _ in self._special.values())
+        self._any_special = _any_of(self._special)
         self._prefix = tuple(self._tokenizer.encode("", add_special_tokens=True).ids[:1])  # BOS, where the tokenizer adds one
-        self._is_byte_level, self._has_byte_fallback = _byte_decoders(json.loads(tokenizer_json).get("decoder"))
+        self._is_byte_level, self._has_byte_fallback = _byte_decoders(spec.get("decoder"))
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> TextTokenizer:
@@ -62,22 +82,29 @@ class TextTokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None and self._tokenizer is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a completion's prompt, with BOS where the tokenizer adds it and the text does not begin with it already."""
-        ids: list[int] = self._required("prompt").encode(text, add_special_tokens=True).ids
+    def encode(self, text: str, max_model_len: int | None = None) -> list[int]:
+        """Ids of a completion's prompt, with BOS where the tokenizer adds it and the text does not begin with it already.
+
+        Raises TextTooLong, before any work, for a text that must have more than `max_model_len` tokens.
+        """
+        tokenizer = self._required("prompt")
+        self._check_length(text, max_model_len)
+        ids = _ids(tokenizer, text, add_special_tokens=True)
         if self._prefix and tuple(ids[:2]) == self._prefix * 2:
             return ids[1:]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation under the chat template, up to where the assistant is to speak."""
+    def encode_chat(self, messages: Sequence[Message], max_model_len: int | None = None) -> list[int]:
+        """Ids of a conversation under the chat template, up to where the assistant is to speak. Raises TextTooLong as `encode` does."""
         if self._template is None or self._tokenizer is None:
             raise InvalidRequest("This model has no chat template; use /v1/completions.", "messages")
-        if not any(self._in_message.search(message["content"]) for message in messages):
-            ids: list[int] = self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
-            return ids
-        escape = _Escape(self._in_message)
+        if not any(self._any_special.search(message["content"]) for message in messages):
+            rendered = self._template.render(messages)
+            self._check_length(rendered, max_model_len)
+            return _ids(self._tokenizer, rendered)
+        escape = _Escape(self._any_special)
         rendered = self._template.render([{**m, "content": escape.hide(m["content"])} for m in messages])
+        self._check_length(escape.reveal(rendered), max_model_len)
         return self._encode_around_special(rendered, escape)
 
     def detokenizer(self) -> Detokenizer | NumberWriter:
@@ -100,18 +127,28 @@ class TextTokenizer:
             return _byte_level(token)
         return bytes.fromhex(token[3:5]) if _BYTE_TOKEN.fullmatch(token) else None
 
+    def _check_length(self, text: str, max_model_len: int | None) -> None:
+        if max_model_len is None or self._length_bound is None:
+            return
+        least = self._length_bound.least_tokens(text)
+        if least > max_model_len:
+            raise TextTooLong(len(text), least, max_model_len)
+
     def _encode_around_special(self, rendered: str, escape: _Escape) -> list[int]:
+        """As the tokenizer would, if it knew which special tokens the template wrote: these, with the white space that they take with
+        them, and text between them."""
         ids: list[int] = []
         end = 0
-        for match in self._in_template.finditer(rendered):
-            ids += self._encode_literally(escape.reveal(rendered[end : match.start()]))
-            ids.append(self._literals[next(filter(None, match.groups()))])
-            end = match.end()
-        return ids + self._encode_literally(escape.reveal(rendered[end:]))
+        for match in self._any_special.finditer(rendered):
+            token_id, token = self._special[match[0]]
+            before = rendered[end : match.start()]
+            ids += self._encode_literally(escape.reveal(before.rstrip() if token.lstrip else before), is_first=end == 0)
+            ids.append(token_id)
+            end = _behind_space(rendered, match.end()) if token.rstrip else match.end()
+        return ids + self._encode_literally(escape.reveal(rendered[end:]), is_first=end == 0)
 
-    def _encode_literally(self, text: str) -> list[int]:
-        ids: list[int] = self._literal_tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    def _encode_literally(self, text: str, is_first: bool) -> list[int]:
+        return _ids(self._literal_tokenizer if is_first else self._inner_tokenizer, text)
 
     def _required(self, param: str) -> Tokenizer:
         if self._tokenizer is None:
@@ -152,6 +189,96 @@ def _plain(tokenizer_json: str) -> Tokenizer:
     return tokenizer
 
 
+def _reading_literally(tokenizer_json: str) -> Tokenizer:
+    """One to which special tokens are text."""
+    tokenizer = _plain(tokenizer_json)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+    """A batch of one: other than `encode`, it releases the interpreter lock, and it is quicker since it keeps no offsets."""
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
+
+
+def _parts(entry: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be a sequence of sequences."""
+    if entry is None:
+        return []
+    return [part for inner in entry[key] for part in _parts(inner, key)] if key in entry else [entry]
+
+
+def _without_first_prefix(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """The tokenizer for what stands behind the beginning of a text; None if that is the same one.
+
+    Only Metaspace treats a beginning in its own way: under the scheme "first" it puts a word's mark before it.
+    """
+    inner: dict[str, Any] = spec | {"pre_tokenizer": copy.deepcopy(spec["pre_tokenizer"])}
+    parts = [part for part in _parts(inner["pre_tokenizer"], "pretokenizers") if part.get("prepend_scheme") == "first"]
+    for part in parts:
+        part["prepend_scheme"] = "never"
+    return inner if parts else None
+
+
+@dataclass(frozen=True)
+class _LengthBound:
+    """How few tokens a text can have, from its length alone."""
+
+    characters_per_token: int
+    dropped: tuple[str, ...]  # characters that have no token
+
+    def least_tokens(self, text: str) -> int:
+        num_kept = len(text) - sum(text.count(char) for char in self.dropped)
+        return -(-num_kept // self.characters_per_token)
+
+
+def _length_bound(spec: dict[str, Any]) -> _LengthBound | None:
+    """None for a tokenizer that may shorten a text before it looks for tokens, or that may stand one token for anything unknown.
+
+    BPE over bytes, or with a token for every byte, does neither: a token is written with at least as many signs as it stands for
+    characters.
+    """
+    model, added = spec["model"], spec["added_tokens"]
+    if (
+        model["type"] != "BPE"
+        or model["continuing_subword_prefix"]
+        or model["end_of_word_suffix"]
+        or not all(_keeps_length(part) for part in _parts(spec["normalizer"], "normalizers"))
+        or not all(_keeps_characters(part) for part in _parts(spec["pre_tokenizer"], "pretokenizers"))
+        or any(token["lstrip"] or token["rstrip"] for token in added)
+    ):
+        return None
+    dropped = _dropped(spec)
+    longest = max(map(len, (*model["vocab"], *(token["content"] for token in added))))
+    return None if dropped is None else _LengthBound(longest, dropped)
+
+
+def _dropped(spec: dict[str, Any]) -> tuple[str, ...] | None:
+    """The characters that have no token; None if they cannot be told. Vocabularies over bytes lack some that training never saw."""
+    vocab: dict[str, int] = spec["model"]["vocab"]
+    if not any(part["type"] == "ByteLevel" for part in _parts(spec["pre_tokenizer"], "pretokenizers")):
+        has_all = spec["model"]["byte_fallback"] and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
+        return () if has_all else None
+    missing = {byte for sign, byte in _byte_level_table().items() if sign not in vocab}
+    if not missing.isdisjoint(range(0x80, 0xC0)):  # each character that is not ASCII has one of these
+        return None
+    return tuple(chr(byte) for byte in sorted(missing) if byte < 0x80)
+
+
+def _keeps_length(normalizer: dict[str, Any]) -> bool:
+    if normalizer["type"] == "Replace":
+        pattern = normalizer["pattern"].get("String")
+        return pattern is not None and len(normalizer["content"]) >= len(pattern)
+    return normalizer["type"] in ("Prepend", "NFD")
+
+
+def _keeps_characters(pre_tokenizer: dict[str, Any]) -> bool:
+    if pre_tokenizer["type"] == "Split":
+        return str(pre_tokenizer["behavior"]) != "Removed"
+    return pre_tokenizer["type"] in ("ByteLevel", "Digits", "Metaspace")
+
+
 def _byte_decoders(decoder: dict[str, Any] | None) -> tuple[bool, bool]:
     """Whether all tokens stand for bytes, and whether some do."""
     if decoder is None:
@@ -176,13 +303,17 @@ def _byte_level_table() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _alternatives(patterns: Any) -> re.Pattern[str]:
+def _any_of(literals: Iterable[str]) -> re.Pattern[str]:
     """Any of these, the longest first, as the tokenizer decides between them."""
-    ordered = sorted(patterns, key=len, reverse=True)
-    return re.compile("|".join(ordered)) if ordered else re.compile(r"(?!)")
+    ordered = sorted(literals, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else re.compile(r"(?!)")
 
 
-def _as_tokenizer_sees(token: AddedToken) -> str:
-    """A special token, its literal in a group, with the white space that it takes with it."""
-    before, behind = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
-    return f"{before}({re.escape(token.content)}){behind}"
+_SPACE = re.compile(r"\s*")
+
+
+def _behind_space(text: str, start: int) -> int:
+    """Where the white space that begins at `start` ends."""
+    space = _SPACE.match(text, start)
+    assert space is not None
+    return space.end()

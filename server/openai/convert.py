@@ -20,10 +20,9 @@ from server.deps import Serving
 from server.errors import UnknownModel
 from server.generate import Job
 from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody
+from server.text import LONG_TEXT
 
 T = TypeVar("T")
-
-LONG_TEXT = 8192  # characters; shorter texts are tokenised faster than a thread takes them over
 
 # Fields that OpenAI, vLLM or llama.cpp know and that would change the answer, and values that ask for nothing. null always does.
 NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
@@ -84,7 +83,7 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     _check(body, serving, num_prompts=1)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     length = sum(len(message["content"]) for message in messages)
-    prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages), length)
+    prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len), length)
     return _job(body, serving, [prompt], ignored, arrived_at)
 
 
@@ -94,8 +93,8 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     ignored = _ignored(body)
     _check(body, serving, num_prompts=len(body.prompt))
     length = sum(len(prompt) for prompt in body.prompt)
-    encode = serving.tokenizer.encode
-    prompts = await _tokenised(lambda: [encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
+    encode, limit = serving.tokenizer.encode, serving.info.max_model_len
+    prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
     return _job(body, serving, prompts, ignored, arrived_at)
 
 
@@ -106,7 +105,7 @@ def header_safe(names: Sequence[str], limit: int = 1024) -> str:
 
 
 async def _tokenised(work: Callable[[], T], length: int) -> T:
-    """Tokenise here if it is quick, in a thread if it would hold up the streams of others."""
+    """Tokenise here if it is quicker than a thread would take it over, in a thread if it would hold up the streams of others."""
     return await asyncio.to_thread(work) if length > LONG_TEXT else work()
 
 

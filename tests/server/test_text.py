@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from engine.errors import InvalidRequest, SourceError
+from engine.errors import ContextLengthExceeded, InvalidRequest, SourceError
 from server.detokenize import Detokenizer, StopScanner, StopStrings
 from server.template import ChatTemplate
 from server.text import TextTokenizer
@@ -81,8 +82,24 @@ def sentencepiece_like() -> Tokenizer:
     return tokenizer
 
 
+def with_metaspace() -> Tokenizer:
+    tokenizer = sentencepiece_like()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    return tokenizer
+
+
+def lacking_bytes() -> Tokenizer:
+    spec = json.loads(TINY.to_str())
+    for sign in ("\u0104", "\u00f1"):  # the signs of bytes 4 and 0xf1
+        spec["model"]["vocab"]["unused " + sign] = spec["model"]["vocab"].pop(sign)
+    return Tokenizer.from_str(json.dumps(spec))
+
+
 FALLBACK = sentencepiece_like()
 FALLBACK_TEXT = TextTokenizer(FALLBACK.to_str())
+METASPACE = with_metaspace()
+METASPACE_TEXT = TextTokenizer(METASPACE.to_str(), ChatTemplate("</s>{{ messages[0].content }}</s>"))
+LACKING_TEXT = TextTokenizer(lacking_bytes().to_str())
 
 
 @given(st.lists(st.one_of(st.integers(2, 6).map(lambda i: [i]), st.text(max_size=3).map(lambda t: [7 + b for b in t.encode()]))))
@@ -152,6 +169,84 @@ def test_a_prompt_may_hold_special_tokens() -> None:
     assert TEXT.encode("<|im_start|>")[0] == 1
 
 
+@pytest.mark.parametrize("length", [0, 1, 100_000])
+def test_a_text_has_one_encoding(length: int) -> None:
+    """However it is computed: special tokens, white space and BOS of long texts are those of short ones."""
+    text = ("<|im_start|> the other fox\n" * 5000)[:length]
+    assert TEXT.encode(text) == TINY.encode(text).ids
+    assert WITH_BOS.encode(text) == [0, *TINY.encode(text).ids]
+
+
+# ---------------------------------------------------------------------- texts that cannot fit
+LONGEST = max(map(len, TINY.get_vocab()))
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TextTokenizer(TINY.to_str(), ChatTemplate(TEMPLATE))
+    monkeypatch.setattr("server.text._ids", lambda *_, **__: [])
+    text.encode("a" * LONGEST * 7, 7)
+    for special in ("", SPECIAL[0]):
+        with pytest.raises(ContextLengthExceeded, match="at least 8 tokens") as caught:
+            text.encode("a" * (LONGEST * 7 + 1), 7)
+        assert (caught.value.num_prompt_tokens, caught.value.max_model_len) == (8, 7)
+        with pytest.raises(ContextLengthExceeded):
+            text.encode_chat([{"role": "user", "content": "a" * LONGEST * 7 + special}], 7)
+
+
+@given(st.text() | st.lists(st.sampled_from([*SPECIAL, " ", "\x04", "\n", "the quick", "\N{GRINNING FACE}"]), max_size=40).map("".join))
+def test_no_text_that_fits_is_refused(content: str) -> None:
+    for tokenizer in (TEXT, FALLBACK_TEXT, METASPACE_TEXT, LACKING_TEXT):
+        assert tokenizer._length_bound is not None
+        num_tokens = len(tokenizer.encode(content))
+        assert tokenizer._length_bound.least_tokens(content) <= num_tokens
+        assert tokenizer.encode(content, num_tokens) == tokenizer.encode(content)
+
+
+def test_a_vocabulary_may_lack_bytes() -> None:
+    """As SmolLM2's does; such characters vanish, however many there are."""
+    assert LACKING_TEXT.encode("\x04" * 100_000 + "a", 1) == LACKING_TEXT.encode("a")
+
+
+def with_normalizer(normalizer: Any) -> Tokenizer:
+    tokenizer = build_tokenizer()
+    tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def with_pre_tokenizer(*before: Any) -> Tokenizer:
+    tokenizer = build_tokenizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, tokenizer.pre_tokenizer])
+    return tokenizer
+
+
+def with_added(token: AddedToken) -> Tokenizer:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens([token])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "is_bound"),
+    [
+        (TINY, True),
+        (with_normalizer(normalizers.NFD()), True),
+        (with_normalizer(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])), True),
+        (with_normalizer(normalizers.NFC()), False),
+        (with_normalizer(normalizers.Sequence([normalizers.NFD(), normalizers.Strip()])), False),
+        (with_normalizer(normalizers.Replace("ab", "c")), False),
+        (with_normalizer(normalizers.Replace(Regex(" +"), " ")), False),
+        (with_pre_tokenizer(pre_tokenizers.Digits(), pre_tokenizers.Split("x", "isolated")), True),
+        (with_pre_tokenizer(pre_tokenizers.Split(" ", "removed")), False),
+        (with_pre_tokenizer(pre_tokenizers.WhitespaceSplit()), False),
+        (with_added(AddedToken("<|turn|>", rstrip=True)), False),
+        (Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")), False),
+        (Tokenizer(models.BPE({"a": 0}, [])), False),
+    ],
+)
+def test_only_tokenizers_that_keep_all_characters_are_bounded(tokenizer: Tokenizer, is_bound: bool) -> None:
+    assert (TextTokenizer(tokenizer.to_str())._length_bound is not None) == is_bound
+
+
 # ---------------------------------------------------------------------- chat
 def test_a_chat_is_rendered_and_encoded() -> None:
     expected = TINY.encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
@@ -191,6 +286,34 @@ def test_white_space_goes_with_a_token_that_takes_it() -> None:
     assert careful[0] == turn
     assert turn not in careful[1:]
     assert tokenizer.decode(careful[1:]) == "<|turn|>"
+
+
+def test_the_text_behind_a_special_token_is_no_beginning() -> None:
+    """Metaspace puts a mark before a text, and under the scheme "first" not before what follows a special token."""
+    inner = METASPACE_TEXT.encode_chat([{"role": "user", "content": "the cat"}])
+    assert inner == METASPACE.encode("</s>the cat</s>", add_special_tokens=False).ids
+    careful = METASPACE_TEXT.encode_chat([{"role": "user", "content": "the cat</s>"}])
+    assert careful[: len(inner) - 1] == inner[:-1]
+    assert METASPACE.decode(careful, skip_special_tokens=False) == "</s>the cat</s></s>"
+    template = ChatTemplate("{{ messages[0].content }}</s>{{ messages[1].content }}")
+    text = TextTokenizer(METASPACE.to_str(), template)
+    first = text.encode_chat([{"role": "user", "content": "the cat"}, {"role": "user", "content": "</s>"}])
+    beginning = METASPACE.encode("the cat</s>", add_special_tokens=False).ids
+    assert first[: len(beginning)] == beginning
+    assert beginning[:-1] != inner[1:-1]
+
+
+@pytest.mark.timeout(30)
+def test_white_space_before_a_token_that_takes_it_is_found_in_one_pass() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<|turn|>", special=True, lstrip=True, rstrip=True)])
+    text = TextTokenizer(tokenizer.to_str(), ChatTemplate("a \n<|turn|>\n {{ messages[0].content }}"))
+    turn = tokenizer.token_to_id("<|turn|>")
+    a = tokenizer.token_to_id("a")
+    spaces = " " * 500_000  # a pattern that begins with white space tries each of them, up to the end
+    careful = text.encode_chat([{"role": "user", "content": f"<|turn|>{spaces}b"}])
+    assert careful[:2] == [a, turn]
+    assert tokenizer.decode(careful[2:]) == f"<|turn|>{spaces}b"
 
 
 def test_a_template_that_refuses_is_the_clients_mistake() -> None:
