@@ -161,6 +161,14 @@ def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+_PLAIN = {  # where pydantic's words are about Python
+    "extra_forbidden": "unknown field.",
+    "missing": "required.",
+    "string_too_short": "must not be empty.",
+    "too_short": "must not be empty.",
+}
+
+
 def _explain(error: RequestValidationError) -> tuple[str, str | None]:
     """Message and param of the first thing that is wrong with a body. Says nothing of what the client sent: it may be anything."""
     first = error.errors()[0]
@@ -170,7 +178,7 @@ def _explain(error: RequestValidationError) -> tuple[str, str | None]:
     if not param:
         return "The request body must be a JSON object, sent with 'Content-Type: application/json'.", None
     param = _short(param.encode("utf-8", "replace").decode())  # a key of the client may hold half a surrogate pair
-    return f"{param}: {first['msg'].removeprefix('Value error, ')}", param
+    return f"{param}: {_PLAIN.get(first['type']) or first['msg'].removeprefix('Value error, ')}", param
 
 
 def _http_message(request: Request, error: HTTPException) -> str:

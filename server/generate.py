@@ -6,6 +6,7 @@ A Generation is a context: leaving it, however that comes about, aborts what has
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -19,6 +20,8 @@ from server.deps import Serving
 from server.detokenize import StopScanner, StopStrings
 from server.record import ChoiceRecord, RequestRecord
 from server.text import TextTokenizer
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,20 @@ class Generation:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._serving.draining.discard(self)
         await self._exits.aclose()
-        for answer in self._answers:
-            self._metrics.answer_done(answer.record, answer.record.finish_reason or ("error" if self._error else "abort"))
-        self._metrics.request_done(self.record.num_prompt_tokens, time.monotonic() - self.record.arrived_at)
+        reasons = [answer.record.finish_reason or ("error" if self._error else "abort") for answer in self._answers]
+        for answer, reason in zip(self._answers, reasons, strict=True):
+            self._metrics.answer_done(answer.record, reason)
+        seconds = time.monotonic() - self.record.arrived_at
+        self._metrics.request_done(self.record.num_prompt_tokens, seconds)
+        _log.info(
+            "%s %s: %d prompt tokens, %d generated in %.2f s, %s",
+            self._job.id,
+            self._job.model_id,
+            self.record.num_prompt_tokens,
+            sum(answer.record.num_tokens for answer in self._answers),
+            seconds,
+            "+".join(sorted(set(reasons))),
+        )
 
     async def __aiter__(self) -> AsyncGenerator[list[TextDelta], None]:
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.client import Health
 from engine.request import Round
 from tests.fakes import Part
-from tests.server.conftest import Served
+from tests.server.conftest import Served, serve
 
 
 async def samples(served: Served) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -109,3 +111,30 @@ async def test_health_and_readiness(served: Served) -> None:
 
 async def test_version(served: Served) -> None:
     assert (await served.http.get("/version")).json() == {"version": served.app.version}
+
+
+async def test_every_answer_leaves_one_line_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="server.generate")
+    async with serve(folder) as served:
+        answer = (await served.chat(max_tokens=3)).json()
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.generate"]
+    usage = answer["usage"]
+    assert line.startswith(
+        f"{answer['id'].removeprefix('chatcmpl-')} tiny: {usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated in "
+    )
+    assert line.endswith(answer["choices"][0]["finish_reason"])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"speculation": {"max_drafts": 3}}, "speculation.max_drafts: unknown field."),
+        ({"stop": [""]}, "stop.0: must not be empty."),
+        ({"messages": []}, "messages: must not be empty."),
+    ],
+)
+async def test_a_refusal_speaks_of_the_field_and_not_of_python(folder: Path, body: dict[str, Any], message: str) -> None:
+    async with serve(folder) as served:
+        response = await served.chat(**body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == message
