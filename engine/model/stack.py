@@ -61,7 +61,7 @@ class DecoderStack:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """States [1, N, hidden] that enter the first layer."""
-        return self._body.embed_tokens(input_ids.unsqueeze(0))  # type: ignore[no-any-return]
+        return self._body.embed_tokens(input_ids.unsqueeze(0))  # type: ignore[no-any-return]  # torch and transformers leave it untyped
 
     def layers(self, h: Tensor, paged: PagedContext, first: int, end: int) -> Tensor:
         """States [1, N, hidden] behind layers first, first + 1, ..., end - 1; writes these layers' KV."""
@@ -73,7 +73,7 @@ class DecoderStack:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, V] of normed hidden states [R, hidden]."""
-        return self._model.lm_head(hidden)  # type: ignore[no-any-return]
+        return self._model.lm_head(hidden)  # type: ignore[no-any-return]  # torch and transformers leave it untyped
 
     @torch.inference_mode()
     def _check(self) -> None:

@@ -119,9 +119,8 @@ async def test_every_answer_leaves_one_line_in_the_log(folder: Path, caplog: pyt
         answer = (await served.chat(max_tokens=3)).json()
     (line,) = [record.getMessage() for record in caplog.records if record.name == "server.generate"]
     usage = answer["usage"]
-    assert line.startswith(
-        f"{answer['id'].removeprefix('chatcmpl-')} tiny: {usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated in "
-    )
+    job_id, prompt, generated = answer["id"].removeprefix("chatcmpl-"), usage["prompt_tokens"], usage["completion_tokens"]
+    assert line.startswith(f"{job_id} tiny: {prompt} prompt tokens, {generated} generated in ")
     assert line.endswith(answer["choices"][0]["finish_reason"])
 
 

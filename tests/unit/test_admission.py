@@ -10,27 +10,10 @@ import pytest
 from engine.errors import ContextLengthExceeded, InvalidRequest, QueueFull
 from engine.request import Choice, SpeculationParams
 from engine.sched.admission import Admission
-from engine.stats import EngineInfo
+from tests.fakes import make_info
 from tests.unit.factories import make_request
 
-INFO = EngineInfo(
-    incarnation="i",
-    target="t",
-    drafter="none",
-    target_path="t",
-    device="cpu",
-    dtype="float32",
-    vocab_size=10,
-    max_model_len=12,
-    end_token_ids=(2,),
-    rules=("exact",),
-    max_draft=4,
-    max_sequences=2,
-    num_blocks=3,
-    block_size=4,
-    weight_bytes=0,
-    kv_bytes=0,
-)
+INFO = make_info(vocab_size=10, max_model_len=12, max_sequences=2)
 ADMISSION = Admission(INFO, max_queued=3)
 
 
