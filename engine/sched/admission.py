@@ -33,6 +33,8 @@ class Admission:
             wrong = next(t for t in request.prompt_ids if not 0 <= t < info.vocab_size)
             raise InvalidRequest(f"Token id {wrong} is outside the vocabulary of {info.vocab_size} tokens.", "prompt")
         self._check_sampling(sampling)
+        if not request.choices or len({choice.index for choice in request.choices}) < len(request.choices):
+            raise InvalidRequest("A request needs at least one choice, and every choice an index of its own.", "choices")
         if any(len(choice.output_ids) >= sampling.max_tokens for choice in request.choices):
             raise InvalidRequest("A choice has already emitted max_tokens tokens; nothing is left to do.", "choices")
         if request.speculation.rule not in info.rules:

@@ -62,6 +62,12 @@ def test_an_unknown_rule_and_a_finished_choice_are_refused() -> None:
         ADMISSION.check(msgspec.structs.replace(make_request(max_tokens=2), choices=(Choice(0, (1, 1)),)), num_open=0)
 
 
+@pytest.mark.parametrize("choices", [(), (Choice(0), Choice(0))])
+def test_choices_are_there_and_distinct(choices: tuple[Choice, ...]) -> None:
+    with pytest.raises(InvalidRequest, match="at least one choice"):
+        ADMISSION.check(msgspec.structs.replace(make_request(), choices=choices), num_open=0)
+
+
 def test_the_queue_is_bounded() -> None:
     ADMISSION.check(make_request(), num_open=4)
     with pytest.raises(QueueFull) as caught:
