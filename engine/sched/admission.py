@@ -29,10 +29,12 @@ class Admission:
         info, sampling = self._info, request.sampling
         if not request.prompt_ids:
             raise InvalidRequest("The prompt has no tokens; at least one is needed.", "prompt")
+        self._check_sampling(sampling)
+        if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:
+            raise ContextLengthExceeded(len(request.prompt_ids), sampling.max_tokens, info.max_model_len)
         if not all(0 <= t < info.vocab_size for t in request.prompt_ids):
             wrong = next(t for t in request.prompt_ids if not 0 <= t < info.vocab_size)
             raise InvalidRequest(f"Token id {wrong} is outside the vocabulary of {info.vocab_size} tokens.", "prompt")
-        self._check_sampling(sampling)
         if not request.choices or len({choice.index for choice in request.choices}) < len(request.choices):
             raise InvalidRequest("A request needs at least one choice, and every choice an index of its own.", "choices")
         if any(len(choice.output_ids) >= sampling.max_tokens for choice in request.choices):
@@ -41,8 +43,6 @@ class Admission:
             raise InvalidRequest(
                 f"Unknown rule {request.speculation.rule!r}; this deployment has {', '.join(info.rules)}.", "speculation.rule"
             )
-        if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:
-            raise ContextLengthExceeded(len(request.prompt_ids), sampling.max_tokens, info.max_model_len)
         if len(request.choices) > info.max_sequences + self._max_queued:
             raise InvalidRequest(
                 f"n is {len(request.choices)} and must be at most {info.max_sequences + self._max_queued}, what this server can hold.", "n"
