@@ -132,7 +132,7 @@ class DeltaStream:
             if not self._open:
                 raise StopAsyncIteration
             if self._error is not None:
-                raise self._error
+                raise self._error.with_traceback(None)  # it is raised many times; each would add its frames, and keep them alive
             self._wake.clear()
             await self._wake.wait()
         deltas, self._waiting = self._waiting, []
@@ -220,7 +220,7 @@ class ThreadClient:
 
     def _live_core(self) -> Steppable:
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)
         if self._core is None:
             raise EngineDead("The engine is not started.")
         return self._core

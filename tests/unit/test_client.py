@@ -122,8 +122,12 @@ async def test_an_engine_error_reaches_open_streams_and_later_calls() -> None:
         assert not client.health.is_alive
         with pytest.raises(EngineDead, match="boom"):
             client.submit(make_request(id="next"))
-        with pytest.raises(EngineDead, match="boom"):
-            _ = client.info
+        depths = []
+        for _ in range(3):
+            with pytest.raises(EngineDead, match="boom") as caught:
+                _ = client.info
+            depths.append(len(caught.traceback))
+        assert len(set(depths)) == 1, "a dead engine does not collect the frames of everybody who asked"
 
 
 async def test_loading_errors_come_out_of_start() -> None:
