@@ -1,7 +1,8 @@
 """How the rest of the world talks to an engine: the EngineClient protocol, and the engine in a thread of this process.
 
 The loop of the engine never waits for a consumer: deltas go to unbounded queues, one per request, and a consumer that comes late
-finds all that is waiting as one batch. An exception in the engine reaches every open stream and every later call.
+finds all that is waiting as one batch. An exception in the engine reaches every open stream and every later call. The engine in a
+process of its own is in process.py.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import Protocol
 
 import msgspec
 
-from engine.errors import EngineDead, EngineError, InvalidRequest
+from engine.errors import EngineDead, EngineError
 from engine.request import Request, TokenDelta
-from engine.sched.admission import Admission
 from engine.stats import EngineInfo, StepOutput, StepStats
+from engine.streams import DeltaStream, OpenRequests
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """What is served. Raises EngineDead before `start` has returned."""
+        """What is served; after a restart another one. Raises EngineDead before `start` has returned and when no engine comes back."""
 
     @property
     def health(self) -> Health: ...
@@ -64,10 +65,13 @@ class EngineClient(Protocol):
         """Load and warm up. Raises what loading raised (ConfigError and its kin)."""
 
     def submit(self, request: Request) -> Stream:
-        """Queue a request. Raises ClientError (it can never be served), QueueFull or EngineDead."""
+        """Queue a request. Raises ClientError (it can never be served), QueueFull, EngineRestarting or EngineDead."""
 
     def on_step(self, callback: Callable[[StepStats], None]) -> None:
         """Call back on the event loop after every step."""
+
+    def on_loss(self, callback: Callable[[bool], None]) -> None:
+        """Call back on the event loop when the engine is lost; the argument says whether it will be started again."""
 
     async def close(self) -> None:
         """End the engine; open streams raise EngineDead."""
@@ -89,63 +93,6 @@ class Steppable(Protocol):
     def step(self) -> StepOutput: ...
 
 
-class DeltaStream:
-    """A Stream fed by a client on the same event loop."""
-
-    def __init__(self, request: Request, abort: Callable[[str, int], None]):
-        self._request_id = request.id
-        self._abort = abort
-        self._open = {choice.index for choice in request.choices}
-        self._waiting: list[TokenDelta] = []
-        self._wake = asyncio.Event()
-        self._error: EngineError | None = None
-
-    @property
-    def open_choices(self) -> frozenset[int]:
-        return frozenset(self._open)
-
-    def deliver(self, delta: TokenDelta) -> None:
-        """Hand over a delta; those of aborted choices are dropped."""
-        if delta.choice in self._open:
-            self._waiting.append(delta)
-            if delta.finish_reason is not None:
-                self._open.discard(delta.choice)
-            self._wake.set()
-
-    def fail(self, error: EngineError) -> None:
-        """End the stream with an error, behind what was already delivered."""
-        self._error = error
-        self._wake.set()
-
-    def abort(self, choice: int) -> None:
-        if choice in self._open:
-            self._open.discard(choice)
-            self._waiting = [d for d in self._waiting if d.choice != choice]
-            self._abort(self._request_id, choice)
-            self._wake.set()
-
-    def __aiter__(self) -> DeltaStream:
-        return self
-
-    async def __anext__(self) -> list[TokenDelta]:
-        while not self._waiting:
-            if not self._open:
-                raise StopAsyncIteration
-            if self._error is not None:
-                raise self._error.with_traceback(None)  # it is raised many times; each would add its frames, and keep them alive
-            self._wake.clear()
-            await self._wake.wait()
-        deltas, self._waiting = self._waiting, []
-        return deltas
-
-    async def __aenter__(self) -> DeltaStream:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for choice in self.open_choices:
-            self.abort(choice)
-
-
 class ThreadClient:
     """An engine in a thread of this process.
 
@@ -156,13 +103,12 @@ class ThreadClient:
 
     def __init__(self, build: Callable[[], Steppable], max_queued: int = 256):
         self._build = build
-        self._max_queued = max_queued
-        self._admission: Admission | None = None
+        self._requests = OpenRequests(max_queued, self._abort)
         self._core: Steppable | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, DeltaStream] = {}
-        self._callbacks: list[Callable[[StepStats], None]] = []
+        self._step_callbacks: list[Callable[[StepStats], None]] = []
+        self._loss_callbacks: list[Callable[[bool], None]] = []
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
@@ -197,17 +143,15 @@ class ThreadClient:
 
     def submit(self, request: Request) -> DeltaStream:
         core = self._live_core()
-        assert self._admission is not None
-        if request.id in self._streams:
-            raise InvalidRequest(f"Request id {request.id!r} is in use.", "id")
-        self._admission.check(request, num_open=sum(len(s.open_choices) for s in self._streams.values()))
-        stream = DeltaStream(request, self._abort)
-        self._streams[request.id] = stream
+        stream = self._requests.open(request)
         self._send(partial(core.add, request))
         return stream
 
     def on_step(self, callback: Callable[[StepStats], None]) -> None:
-        self._callbacks.append(callback)
+        self._step_callbacks.append(callback)
+
+    def on_loss(self, callback: Callable[[bool], None]) -> None:
+        self._loss_callbacks.append(callback)
 
     async def close(self) -> None:
         with self._wake:
@@ -226,12 +170,7 @@ class ThreadClient:
         return self._core
 
     def _abort(self, request_id: str, choice: int) -> None:
-        core = self._core
-        if core is not None and self._error is None:
-            self._send(partial(core.abort, request_id, choice))
-        stream = self._streams.get(request_id)
-        if stream is not None and not stream.open_choices:
-            del self._streams[request_id]
+        self._send(partial(self._live_core().abort, request_id, choice))
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -239,21 +178,18 @@ class ThreadClient:
             self._wake.notify()
 
     def _deliver(self, output: StepOutput) -> None:
-        for delta in output.deltas:
-            stream = self._streams.get(delta.request_id)
-            if stream is None:  # aborted while the step ran
-                continue
-            stream.deliver(delta)
-            if not stream.open_choices:
-                del self._streams[delta.request_id]
-        for callback in self._callbacks:
+        self._requests.deliver(output.deltas)
+        for callback in self._step_callbacks:
             callback(output.stats)
 
     def _fail(self, error: EngineError) -> None:
         self._error = error
-        for stream in self._streams.values():
-            stream.fail(error)
-        self._streams.clear()
+        self._requests.fail(error)
+
+    def _lose(self, error: EngineError) -> None:
+        self._fail(error)
+        for callback in self._loss_callbacks:
+            callback(False)
 
     # ------------------------------------------------------------------ the engine thread's side
     def _run(self, ready: asyncio.Future[None]) -> None:
@@ -274,7 +210,7 @@ class ThreadClient:
             _log.exception("The engine stopped at an internal error")
             dead = EngineDead(f"The engine stopped at an internal error ({type(error).__name__}: {error}).")
             dead.__cause__ = error
-            self._post(partial(self._fail, dead))
+            self._post(partial(self._lose, dead))
 
     def _await_work(self, core: Steppable) -> bool:
         """Wait until there is something to step for, apply commands; False when the engine is to end."""
@@ -290,7 +226,7 @@ class ThreadClient:
 
     def _started(self, ready: asyncio.Future[None], core: Steppable) -> None:
         self._core = core
-        self._admission = Admission(core.info, self._max_queued)
+        self._requests.admit_to(core.info)
         if not ready.cancelled():
             ready.set_result(None)
 

@@ -75,7 +75,7 @@ class EngineCore:
         deltas = parts.scheduler.commit(plan, drafts, verdict)
         self._observe(plan, verdict)
         stats = self._stats(plan, drafts, deltas, before, time.perf_counter() - began)
-        return StepOutput(incarnation=self._info.incarnation, deltas=tuple(deltas), stats=stats)
+        return StepOutput(deltas=tuple(deltas), stats=stats)
 
     def check(self) -> None:
         """Raise AssertionError unless the bookkeeping is consistent."""

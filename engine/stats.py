@@ -46,6 +46,5 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What crosses the seam after a step: one message for all sequences."""
 
-    incarnation: str
     deltas: tuple[TokenDelta, ...]
     stats: StepStats

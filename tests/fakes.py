@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from engine.client import DeltaStream, Health
+from engine.client import Health
 from engine.errors import EngineDead, EngineError
 from engine.request import FinishReason, Request, Round, TokenDelta
 from engine.sched.admission import Admission
 from engine.stats import EngineInfo, StepStats
+from engine.streams import DeltaStream
 
 
 def make_info(target_path: str = "", **changes: object) -> EngineInfo:
@@ -77,6 +78,7 @@ class FakeEngine:
         self.aborted: list[tuple[str, int]] = []
         self.streams: dict[str, DeltaStream] = {}
         self.callbacks: list[Callable[[StepStats], None]] = []
+        self.loss_callbacks: list[Callable[[bool], None]] = []
         self.num_steps = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -105,6 +107,9 @@ class FakeEngine:
 
     def on_step(self, callback: Callable[[StepStats], None]) -> None:
         self.callbacks.append(callback)
+
+    def on_loss(self, callback: Callable[[bool], None]) -> None:
+        self.loss_callbacks.append(callback)
 
     async def close(self) -> None:
         self.is_closed = True

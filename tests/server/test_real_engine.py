@@ -37,7 +37,7 @@ class Running:
     core: EngineCore
 
     def is_at_rest(self) -> bool:
-        return not self.core.has_work and not self.client._streams and not self.client._commands
+        return not self.core.has_work and not self.client._requests and not self.client._commands
 
 
 @asynccontextmanager

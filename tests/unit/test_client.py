@@ -58,7 +58,7 @@ class ScriptedCore:
             self.open[key] = num + 1
             if is_last:
                 del self.open[key]
-        return StepOutput(incarnation="i", deltas=tuple(deltas), stats=msgspec.convert(_STATS, StepStats))
+        return StepOutput(deltas=tuple(deltas), stats=msgspec.convert(_STATS, StepStats))
 
 
 _STATS = dict.fromkeys(StepStats.__struct_fields__, 0)

@@ -1,0 +1,134 @@
+"""The requests that an engine is answering, as whoever asked sees them: who is let in, which delta goes to which stream, and what a lost
+engine does to all of them. Every client of an engine has one OpenRequests. Lives on one event loop; knows nothing of where the engine runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+from engine.errors import EngineError, InvalidRequest
+from engine.request import Request, TokenDelta
+from engine.sched.admission import Admission
+from engine.stats import EngineInfo
+
+
+class DeltaStream:
+    """A Stream fed by a client on the same event loop."""
+
+    def __init__(self, request: Request, abort: Callable[[str, int], None]):
+        self.request = request
+        self._abort = abort
+        self._open = {choice.index for choice in request.choices}
+        self._waiting: list[TokenDelta] = []
+        self._wake = asyncio.Event()
+        self._error: EngineError | None = None
+
+    @property
+    def open_choices(self) -> frozenset[int]:
+        return frozenset(self._open)
+
+    def deliver(self, delta: TokenDelta) -> None:
+        """Hand over a delta; those of aborted choices are dropped."""
+        if delta.choice in self._open:
+            self._waiting.append(delta)
+            if delta.finish_reason is not None:
+                self._open.discard(delta.choice)
+            self._wake.set()
+
+    def fail(self, error: EngineError) -> None:
+        """End the stream with an error, behind what was already delivered."""
+        self._error = error
+        self._wake.set()
+
+    def abort(self, choice: int) -> None:
+        if choice in self._open:
+            self._open.discard(choice)
+            self._waiting = [d for d in self._waiting if d.choice != choice]
+            self._abort(self.request.id, choice)
+            self._wake.set()
+
+    def __aiter__(self) -> DeltaStream:
+        return self
+
+    async def __anext__(self) -> list[TokenDelta]:
+        while not self._waiting:
+            if not self._open:
+                raise StopAsyncIteration
+            if self._error is not None:
+                raise self._error.with_traceback(None)  # it is raised many times; each would add its frames, and keep them alive
+            self._wake.clear()
+            await self._wake.wait()
+        deltas, self._waiting = self._waiting, []
+        return deltas
+
+    async def __aenter__(self) -> DeltaStream:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for choice in self.open_choices:
+            self.abort(choice)
+
+
+class OpenRequests:
+    """What is queued or running in one engine, oldest first. `abort` tells the engine that a choice is given up."""
+
+    def __init__(self, max_queued: int, abort: Callable[[str, int], None]):
+        self._max_queued = max_queued
+        self._abort_in_engine = abort
+        self._admission: Admission | None = None
+        self._streams: dict[str, DeltaStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def admit_to(self, info: EngineInfo) -> None:
+        """Check requests against this engine from now on."""
+        self._admission = Admission(info, self._max_queued)
+
+    def open(self, request: Request) -> DeltaStream:
+        """A stream for a request that the engine is to be given. Raises ClientError (it can never be served) or QueueFull."""
+        assert self._admission is not None, "a client opens nothing before its engine is loaded"
+        if request.id in self._streams:
+            raise InvalidRequest(f"Request id {request.id!r} is in use.", "id")
+        self._admission.check(request, num_open=sum(len(stream.open_choices) for stream in self._streams.values()))
+        stream = self._streams[request.id] = DeltaStream(request, self._abort)
+        return stream
+
+    def deliver(self, deltas: Iterable[TokenDelta]) -> list[Request]:
+        """Hand deltas to their streams. Returns the requests that are complete with them."""
+        complete = []
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is None:  # aborted while the step ran
+                continue
+            stream.deliver(delta)
+            if not stream.open_choices:
+                complete.append(self._streams.pop(delta.request_id).request)
+        return complete
+
+    def fail(self, error: EngineError) -> None:
+        """End all streams with `error`; their requests are no longer open."""
+        for stream in self._streams.values():
+            stream.fail(error)
+        self._streams.clear()
+
+    def oldest(self, num_choices: int) -> list[Request]:
+        """The requests that hold the oldest open choices, so many of them at most: no other can have been running."""
+        found: list[Request] = []
+        num_before = 0
+        for stream in self._streams.values():
+            if num_before >= num_choices:
+                break
+            found.append(stream.request)
+            num_before += len(stream.open_choices)
+        return found
+
+    def _abort(self, request_id: str, choice: int) -> None:
+        stream = self._streams.get(request_id)
+        if stream is None:  # its engine was lost
+            return
+        self._abort_in_engine(request_id, choice)
+        if not stream.open_choices:
+            del self._streams[request_id]
