@@ -1,8 +1,9 @@
 """Attention of a ragged batch over the paged KV cache, by gather and scaled_dot_product_attention.
 
 All sequences of a step are packed into one row [1, N]. A Segment says which positions of which block table its part of the row
-holds; queries of a segment see all earlier positions of their own sequence and nothing else. Segments of similar size share one
-call: both sides are padded to the largest of their power-of-two class, so padding at most doubles the work.
+holds; queries of a segment see the earlier positions of their own sequence, in a sliding layer the last `window` of them, and nothing
+else. Segments of similar size share one call: both sides are padded to the largest of their power-of-two class, so padding at most
+doubles the work. A sliding layer gathers the keys that its window reaches and no others; nothing is freed behind a window.
 
 The function is registered with transformers' AttentionInterface and receives the PagedContext as a keyword through the layers.
 """
@@ -10,6 +11,7 @@ The function is registered with transformers' AttentionInterface and receives th
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,10 @@ class Segment:
     def end(self) -> int:
         return self.start + self.num_tokens
 
+    def first_key(self, window: int | None) -> int:
+        """The first position that any of its queries sees."""
+        return 0 if window is None else max(0, self.start - window + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -59,26 +65,31 @@ class PagedContext:
     cache: KVCache
     positions: Tensor  # [N]
     slots: Tensor  # [N] where the row's keys and values go
-    groups: tuple[_Group, ...]
+    groups: Mapping[int | None, tuple[_Group, ...]]  # by the layer's window
 
 
-def paged_context(segments: ListLike[Segment], block_size: int, cache: KVCache) -> PagedContext:
-    """Index tensors for a packed row that holds `segments` one after another."""
-    store = cache.keys[0]
-    classes: dict[tuple[int, int], list[tuple[int, Segment]]] = defaultdict(list)
-    positions, slots, offset = [], [], 0
-    for segment in segments:
-        run = np.arange(segment.start, segment.end)
-        positions.append(run)
-        slots.append(_slots(segment, run, block_size))
-        classes[segment.num_tokens.bit_length(), segment.end.bit_length()].append((offset, segment))
-        offset += segment.num_tokens
+def paged_context(segments: ListLike[Segment], block_size: int, cache: KVCache, windows: ListLike[int | None] = (None,)) -> PagedContext:
+    """Index tensors for a packed row that holds `segments` one after another.
+
+    `windows` are the distinct ones of the layers that will run: how many positions a query sees, its own included; None for all.
+    """
+    device = cache.keys[0].device
+    runs = [np.arange(segment.start, segment.end) for segment in segments]
+    longest = max(segment.end for segment in segments)
+    reach = {window: window if window is not None and window < longest else None for window in windows}
+    groups = {window: _groups(segments, window, block_size, cache.keys[0]) for window in set(reach.values())}
     return PagedContext(
         cache=cache,
-        positions=_tensor(np.concatenate(positions), store.device),
-        slots=_tensor(np.concatenate(slots), store.device),
-        groups=tuple(_group(members, block_size, store) for members in classes.values()),
+        positions=_tensor(np.concatenate(runs), device),
+        slots=_tensor(np.concatenate([_slots(segment, run, block_size) for segment, run in zip(segments, runs, strict=True)]), device),
+        groups={window: groups[reached] for window, reached in reach.items()},
     )
+
+
+def is_hidden(query: Ints, key: Ints, window: int | None) -> NDArray[np.bool_]:
+    """Whether a key is later than the query or behind its window. Positions broadcast against each other."""
+    later = key > query
+    return later if window is None else later | (key <= query - window)
 
 
 def _slots(segment: Segment, positions: Ints, block_size: int) -> Ints:
@@ -86,24 +97,34 @@ def _slots(segment: Segment, positions: Ints, block_size: int) -> Ints:
     return table[positions // block_size] * block_size + positions % block_size
 
 
-def _group(members: list[tuple[int, Segment]], block_size: int, store: Tensor) -> _Group:
+def _groups(segments: ListLike[Segment], window: int | None, block_size: int, store: Tensor) -> tuple[_Group, ...]:
+    classes: dict[tuple[int, int], list[tuple[int, Segment]]] = defaultdict(list)
+    offset = 0
+    for segment in segments:
+        num_keys = segment.end - segment.first_key(window)
+        classes[segment.num_tokens.bit_length(), num_keys.bit_length()].append((offset, segment))
+        offset += segment.num_tokens
+    return tuple(_group(members, window, block_size, store) for members in classes.values())
+
+
+def _group(members: list[tuple[int, Segment]], window: int | None, block_size: int, store: Tensor) -> _Group:
     num_queries = max(segment.num_tokens for _, segment in members)
-    num_keys = max(segment.end for _, segment in members)
+    num_keys = max(segment.end - segment.first_key(window) for _, segment in members)
     queries = np.zeros((len(members), num_queries), dtype=np.int64)
-    last_seen = np.zeros((len(members), num_queries), dtype=np.int64)  # a padded query sees key 0, so that no row is empty
-    slots = np.zeros((len(members), num_keys), dtype=np.int64)
+    standing = np.zeros((len(members), num_queries), dtype=np.int64)  # of each query, counted from the row's first key;
+    slots = np.zeros((len(members), num_keys), dtype=np.int64)  # a padded query stands on that key, so that no row is empty
     places = []
     for row, (offset, segment) in enumerate(members):
-        num = segment.num_tokens
+        num, first = segment.num_tokens, segment.first_key(window)
         queries[row, :num] = np.arange(offset, offset + num)
-        last_seen[row, :num] = np.arange(segment.start, segment.end)
-        own = _slots(segment, np.arange(segment.end), block_size)
-        slots[row, : segment.end] = own
-        slots[row, segment.end :] = own[0]  # a stranger's slot could hold an infinity, which a mask does not stop
+        standing[row, :num] = np.arange(segment.start - first, segment.end - first)
+        own = _slots(segment, np.arange(first, segment.end), block_size)
+        slots[row, : len(own)] = own
+        slots[row, len(own) :] = own[0]  # a stranger's slot could hold an infinity, which a mask does not stop
         places.append(np.arange(row * num_queries, row * num_queries + num))
-    is_hidden = np.arange(num_keys) > last_seen[:, None, :, None]
-    mask = torch.zeros(is_hidden.shape, dtype=store.dtype, device=store.device)
-    mask.masked_fill_(torch.from_numpy(is_hidden).to(store.device), -torch.inf)
+    hidden = is_hidden(standing[:, None, :, None], np.arange(num_keys), window)
+    mask = torch.zeros(hidden.shape, dtype=store.dtype, device=store.device)
+    mask.masked_fill_(torch.from_numpy(hidden).to(store.device), -torch.inf)
     place = np.concatenate(places)
     return _Group(
         queries=_tensor(queries, store.device),
@@ -127,16 +148,17 @@ def paged_attention(
     *,
     scaling: float,
     paged: PagedContext,
-    **_: Any,  # dropout and other keywords of transformers' interface that do not concern an engine
+    sliding_window: int | None = None,
+    **_: Any,  # what probe.py knows to be without effect
 ) -> tuple[Tensor, None]:
-    """Write the row's keys and values, then attend over each sequence's whole context. Returns [1, N, heads, head_dim]."""
+    """Write the row's keys and values, then attend over what each query sees. Returns [1, N, heads, head_dim]."""
     layer = module.layer_idx
     assert isinstance(layer, int)
     assert attention_mask is None
     paged.cache.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     packed = query[0].transpose(0, 1)  # [N, heads, head_dim]
     output = torch.empty_like(packed)
-    for group in paged.groups:
+    for group in paged.groups[sliding_window]:
         keys, values = paged.cache.read(layer, group.slots)
         attended = scaled_dot_product_attention(
             packed[group.queries].transpose(1, 2), keys, values, attn_mask=group.mask, scale=scaling, enable_gqa=True

@@ -2,6 +2,7 @@
 
 What this engine would compute wrongly is refused by name: packing several sequences into one row is silently wrong for rotary types that
 look at the whole batch, missing weights would be random, quantised checkpoints need kernels that are not here. Remote code is never run.
+What a config cannot tell, probe.py and stack.py see when the model is loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +25,24 @@ from engine.config import Dtype
 from engine.errors import ConfigError, IncompatiblePair, SourceError, UnsupportedModel
 from engine.model.source import CONFIG_FILE, Progress, first_line, silent
 
-SUPPORTED_MODEL_TYPES = frozenset({"llama"})  # whose packed layers were compared with their own forward pass
+# whose packed layers were compared with their own forward pass, in tests/model and in the one matrix
+SUPPORTED_MODEL_TYPES = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # dynamic and longrope look at the largest position in the batch
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+# entries of a config that change what is computed, and that nothing here computes; absent, None, False and 0 mean no
+REFUSED_ENTRIES = {
+    "attn_logit_softcapping": "soft-capped attention",
+    "final_logit_softcapping": "soft-capped logits",
+    "num_kv_shared_layers": "layers that share keys and values",
+    "num_experts": "a mixture of experts",
+    "num_local_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "attention_chunk_size": "chunked attention",
+    "use_bidirectional_attention": "attention that looks ahead",
+    "text_config": "a model of its own for text",
+    "vision_config": "a model for images",
+    "audio_config": "a model for sounds",
+}
 
 _quiet = threading.Lock()  # transformers sets verbosity and default dtype for the whole process while it loads
 
@@ -70,7 +88,7 @@ def read_config(path: Path) -> PretrainedConfig:
     where = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     if not where:
-        _require_known_type(_read_json(folder / CONFIG_FILE), path)  # before transformers, which would ask for remote code
+        _require_known_type(_read_json(folder / CONFIG_FILE), str(path))  # before transformers, which would ask for remote code
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **where)
@@ -90,23 +108,62 @@ def require_supported(config: PretrainedConfig, name: str) -> None:
     architectures = config.architectures or ()
     if architectures and not any(kind.endswith("ForCausalLM") for kind in architectures):
         raise UnsupportedModel(f"{name} is a {', '.join(architectures)}, not a causal language model.")
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    for entry, meaning in REFUSED_ENTRIES.items():
+        if value := getattr(config, entry, None):
+            raise UnsupportedModel(f"{name} has {meaning} ({entry}: {value!r}), which is not served.")
+    _require_known_layers(config, name)
+    for rope in _rope_entries(config):
+        _require_fixed_rope(rope, name)
+
+
+def _require_known_type(config: dict[str, object], name: str) -> None:
+    model_type = config.get("model_type")
+    if model_type in SUPPORTED_MODEL_TYPES:
+        return
+    also = " It is a wrapper around several models." if config.keys() & {"text_config", "vision_config", "audio_config"} else ""
+    raise UnsupportedModel(f"{name} has model_type {model_type!r}; served are {', '.join(sorted(SUPPORTED_MODEL_TYPES))}.{also}")
+
+
+def _require_known_layers(config: PretrainedConfig, name: str) -> None:
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if unknown := sorted(layer_types - LAYER_TYPES):
+        raise UnsupportedModel(f"{name} has layers of type {', '.join(unknown)}; served are {', '.join(sorted(LAYER_TYPES))}.")
+    window = getattr(config, "sliding_window", None)
+    if (window is not None or "sliding_attention" in layer_types) and not (isinstance(window, int) and window > 0):
+        raise UnsupportedModel(f"{name} has a sliding_window of {window!r}; it must be a positive number of tokens.")
+    if getattr(config, "is_causal", True) is False:
+        raise UnsupportedModel(f"{name} has attention that looks ahead (is_causal: False), which is not served.")
+
+
+def _rope_entries(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The rotary parameters of a config: one entry for all layers, or one for each type of layers."""
+    rope = config.rope_parameters or {}
+    nested = [entry for kind, entry in rope.items() if kind in LAYER_TYPES]
+    return [entry or {} for entry in nested] or [rope]
+
+
+def _require_fixed_rope(rope: dict[str, Any], name: str) -> None:
+    rope_type = rope.get("rope_type")
     if rope_type not in FIXED_ROPE_TYPES:
         raise UnsupportedModel(
-            f"{name} has rope type {rope_type!r}, whose angles depend on the whole batch; served are {', '.join(sorted(FIXED_ROPE_TYPES))}."
+            f"{name} has rope type {rope_type!r}, whose angles are absent or depend on the whole batch; "
+            f"served are {', '.join(sorted(FIXED_ROPE_TYPES))}."
         )
-
-
-def _require_known_type(config: dict[str, object], name: object) -> None:
-    model_type = config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UnsupportedModel(f"{name} has model_type {model_type!r}; served are {', '.join(sorted(SUPPORTED_MODEL_TYPES))}.")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise UnsupportedModel(f"{name} rotates a part of each head (partial_rotary_factor: {rope['partial_rotary_factor']!r}).")
+    if several := sorted(key for key in rope if key.startswith("mrope")):
+        raise UnsupportedModel(f"{name} has positions of several axes ({', '.join(several)}), which is not served.")
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Positions that the model was made for, with the stretch of linear and yarn rotary embeddings (llama3 states the stretched length)."""
-    positions = int(config.max_position_embeddings)
-    rope = config.rope_parameters or {}
+    """Positions that the model was made for, with the stretch of linear and yarn rotary embeddings (llama3 states the stretched length).
+
+    With an entry for each type of layers the least counts: such configs stretch some layers and state the stretched length.
+    """
+    return min(_stretched(int(config.max_position_embeddings), rope) for rope in _rope_entries(config))
+
+
+def _stretched(positions: int, rope: dict[str, Any]) -> int:
     factor = rope.get("factor", 1.0)
     if rope.get("rope_type") == "linear":
         return int(positions * factor)

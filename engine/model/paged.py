@@ -30,7 +30,7 @@ class PagedModel:
         """
         if not segments:
             return torch.empty(0, self.vocab_size, dtype=self.stack.dtype, device=self.stack.device)
-        hidden = self.stack.hidden(input_ids, paged_context(segments, self._block_size, self._cache))
+        hidden = self.stack.hidden(input_ids, paged_context(segments, self._block_size, self._cache, self.stack.windows))
         wanted = hidden if len(rows) == hidden.shape[0] else hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
         return self.stack.logits(wanted)[:, : self.vocab_size]
 

@@ -1,7 +1,8 @@
 """The layer loop: runs a transformers model's own modules on a packed row, one decoder layer after another.
 
 No model code is copied: embedding, rotary tables, layers, norm and head are the model's. Early exit and pruning need the loop
-between the layers, which is why it is here and not the model's `forward`.
+between the layers, which is why it is here and not the model's `forward`. What differs between architectures (windows, rotary tables
+by layer type, shapes) is read off the modules and their calls; no model is known by name.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from torch import Tensor
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model.attention import IMPLEMENTATION, PagedContext, Segment, paged_context
+from engine.model.probe import PROBE, PretendedPast, Watch
 
 # largest difference of logits, relative to the largest logit, that is rounding and not a mistake
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class DecoderStack:
-    """A causal language model of the Llama kind, seen as embedding, layers, norm and head."""
+    """A causal language model of the Llama kind, seen as embedding, layers, norm and head.
+
+    `windows` are the distinct sliding windows of its layers (None for layers that see everything), `kv_shape` is key-value heads and
+    head dimension of a layer.
+    """
 
     def __init__(self, model: Any):
         """`model` is a transformers ...ForCausalLM, in eval mode; from now on its attention is the paged one.
@@ -32,8 +38,11 @@ class DecoderStack:
         self.config = model.config
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self._check()
+        self._rotary_kinds = _rotary_kinds(model)
+        watch, expected = self._own_forward()
+        self.windows, self.kv_shape = watch.windows, watch.kv_shape
         model.set_attn_implementation(IMPLEMENTATION)
+        self._require_equal(expected)
 
     @property
     def num_layers(self) -> int:
@@ -43,12 +52,6 @@ class DecoderStack:
     def vocab_size(self) -> int:
         """Rows of the head; may be padded beyond the tokenizer's vocabulary."""
         return int(self._model.lm_head.weight.shape[0])
-
-    @property
-    def kv_shape(self) -> tuple[int, int]:
-        """Key-value heads and head dimension of a layer."""
-        head_dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        return self.config.num_key_value_heads, head_dim
 
     @property
     def num_weight_bytes(self) -> int:
@@ -66,9 +69,10 @@ class DecoderStack:
     def layers(self, h: Tensor, paged: PagedContext, first: int, end: int) -> Tensor:
         """States [1, N, hidden] behind layers first, first + 1, ..., end - 1; writes these layers' KV."""
         positions = paged.positions.unsqueeze(0)
-        rotary = self._body.rotary_emb(h, positions)
-        for layer in self._body.layers[first:end]:
-            h = layer(h, position_embeddings=rotary, position_ids=positions, attention_mask=None, paged=paged)
+        kinds = self._rotary_kinds[first:end]
+        rotary = {kind: self._body.rotary_emb(h, positions, *kind) for kind in dict.fromkeys(kinds)}
+        for layer, kind in zip(self._body.layers[first:end], kinds, strict=True):
+            h = layer(h, position_embeddings=rotary[kind], position_ids=positions, attention_mask=None, paged=paged)
         return h
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -76,20 +80,41 @@ class DecoderStack:
         return self._model.lm_head(hidden)  # type: ignore[no-any-return]  # torch and transformers leave it untyped
 
     @torch.inference_mode()
-    def _check(self) -> None:
-        """Two short sequences, packed, must get the logits that the model's own forward gives each of them."""
-        lengths, block_size = (9, 5), 16
-        # fixed ids from all over the vocabulary, so that a start is repeatable
-        ids = [torch.arange(1, n + 1, device=self.device) * 7919 % self.vocab_size for n in lengths]
-        self._model.set_attn_implementation("sdpa")
-        expected = torch.cat([self._model(row.unsqueeze(0), use_cache=False).logits[0] for row in ids])
-        self._model.set_attn_implementation(IMPLEMENTATION)
-        cache = KVCache(self.num_layers, len(lengths) * block_size, self.kv_shape, self.dtype, self.device)
-        segments = [Segment([index], 0, n) for index, n in enumerate(lengths)]
-        got = self.logits(self.hidden(torch.cat(ids), paged_context(segments, block_size, cache)))
+    def _own_forward(self) -> tuple[Watch, Tensor]:
+        """What the layers ask of attention, and the model's own logits for two short sequences.
+
+        These are too short for most windows, so the model is also asked which positions it hides at each window's edge.
+        """
+        watch = Watch(self.config.model_type)
+        self._model.set_attn_implementation(PROBE)
+        expected = torch.cat([self._model(row.unsqueeze(0), use_cache=False, watch=watch).logits[0] for row in self._check_ids()])
+        for window in filter(None, watch.windows):
+            past = PretendedPast(window)
+            self._model(self._check_ids()[1].unsqueeze(0), use_cache=False, past_key_values=past, watch=watch, past=past)
+        return watch, expected
+
+    @torch.inference_mode()
+    def _require_equal(self, expected: Tensor) -> None:
+        """The same sequences, packed, must get the logits [N, V] that the model's own forward gave each of them."""
+        ids, block_size = self._check_ids(), 16
+        cache = KVCache(self.num_layers, len(ids) * block_size, self.kv_shape, self.dtype, self.device)
+        segments = [Segment([index], 0, len(row)) for index, row in enumerate(ids)]
+        got = self.logits(self.hidden(torch.cat(ids), paged_context(segments, block_size, cache, self.windows)))
         difference = float((got - expected).abs().max() / expected.abs().max())
         if not difference <= _TOLERANCE[self.dtype]:
             raise UnsupportedModel(
                 f"{self._model.config.model_type}: two packed sequences get other logits than the model's own forward gives them "
                 f"(off by {difference:.1e} of the largest logit; {_TOLERANCE[self.dtype]:.0e} is allowed in {self.dtype})."
             )
+
+    def _check_ids(self) -> list[Tensor]:
+        """Fixed ids from all over the vocabulary, so that a start is repeatable."""
+        return [torch.arange(1, n + 1, device=self.device) * 7919 % self.vocab_size for n in (9, 5)]
+
+
+def _rotary_kinds(model: Any) -> list[tuple[str, ...]]:
+    """What `rotary_emb` wants to know of each layer: its type where the config has rotary parameters by layer type, else nothing."""
+    layer_types = getattr(model.config, "layer_types", None) or []
+    if any(isinstance(entry, dict) for entry in model.config.rope_parameters.values()):
+        return [(kind,) for kind in layer_types]
+    return [()] * len(model.model.layers)
