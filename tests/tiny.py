@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import ByteSize
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.build import Extras, Member, assemble
 from engine.config import (
@@ -41,29 +41,60 @@ from tests.reference import NaiveModel, Row
 VOCAB = 24
 
 
+WINDOW = 5  # shorter than nearly every text of the tests
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+# what each architecture has beside a common shape; heads are not hidden_size / num_attention_heads wide where that can be said
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": _MIXED, "head_dim": 6},
+    "mistral": {"sliding_window": WINDOW, "head_dim": 8},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": _MIXED,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 11,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+        },
+    },
+}
+
+
+def tiny_config(architecture: str = "llama", vocab: int = VOCAB, **changes: Any) -> Any:
+    """The transformers config of a tiny model."""
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.4,
+        "attn_implementation": "sdpa",
+        "tie_word_embeddings": False,
+    }
+    return AutoConfig.for_model(architecture, vocab_size=vocab, **(shape | ARCHITECTURES[architecture] | changes))
+
+
 @cache
-def target_model(dtype: torch.dtype = torch.float64, vocab: int = VOCAB) -> Any:
-    """A random Llama whose rows are far from uniform."""
+def target_model(dtype: torch.dtype = torch.float64, vocab: int = VOCAB, architecture: str = "llama") -> Any:
+    """A random model whose rows are far from uniform."""
     torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-        attn_implementation="sdpa",
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, vocab)).to(dtype).eval().requires_grad_(False)
+    if architecture != "llama":
+        for weight in model.parameters():
+            if weight.ndim == 1:  # norms and biases, which start as ones and zeros
+                weight += 0.3 * torch.randn(weight.shape, dtype=dtype)
+    return model
 
 
 @cache
-def drafter_model(dtype: torch.dtype = torch.float64, vocab: int = VOCAB) -> Any:
+def drafter_model(dtype: torch.dtype = torch.float64, vocab: int = VOCAB, architecture: str = "llama") -> Any:
     """The target with noise on every weight: it agrees often, and not always."""
-    model = copy.deepcopy(target_model(dtype, vocab))
+    model = copy.deepcopy(target_model(dtype, vocab, architecture))
     generator = torch.Generator().manual_seed(12)
     for weight in model.parameters():
         weight += 0.05 * torch.randn(weight.shape, generator=generator, dtype=dtype)
@@ -71,8 +102,8 @@ def drafter_model(dtype: torch.dtype = torch.float64, vocab: int = VOCAB) -> Any
 
 
 @cache
-def naive_target() -> NaiveModel:
-    return NaiveModel(target_model())
+def naive_target(architecture: str = "llama") -> NaiveModel:
+    return NaiveModel(target_model(architecture=architecture))
 
 
 @cache
@@ -169,6 +200,7 @@ TEST_RULES: dict[str, Rule] = {
 class Setup:
     """One configuration of the engine under test."""
 
+    architecture: str = "llama"
     drafter: str = "model"  # none, ngram, model
     drafter_context: int = 10**9
     policy: LengthConfig = field(default_factory=lambda: FixedLengthConfig(max=4))
@@ -194,10 +226,11 @@ _DRAFTERS: dict[str, DrafterConfig] = {
 def make_core(setup: Setup) -> EngineCore:
     """An engine over the tiny models."""
     # the paged attention is set on a shallow copy's config, so that the naive model keeps its own
-    target = Member(DecoderStack(copy.deepcopy(target_model(vocab=setup.vocab)).to(setup.device)), 64, setup.path, setup.end_token_ids)
+    own = target_model(vocab=setup.vocab, architecture=setup.architecture)
+    target = Member(DecoderStack(copy.deepcopy(own).to(setup.device)), 64, setup.path, setup.end_token_ids)
     drafter = None
     if setup.drafter == "model":
-        model = copy.deepcopy(drafter_model(vocab=setup.vocab)).to(setup.device)
+        model = copy.deepcopy(drafter_model(vocab=setup.vocab, architecture=setup.architecture)).to(setup.device)
         drafter = Member(DecoderStack(model), min(64, setup.drafter_context), Path("drafter"))
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(

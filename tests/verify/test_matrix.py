@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import FixedLengthConfig, HeuristicLengthConfig, LengthConfig
 from tests.reference import answer
-from tests.tiny import Setup, drive, make_core, naive_target, target_model
+from tests.tiny import ARCHITECTURES, WINDOW, Setup, drive, make_core, naive_target, target_model
 from tests.verify.requests import greedy
 
 DRAFTERS = {
@@ -48,9 +48,26 @@ def test_greedy_text_is_that_of_the_naive_loop(drafter: str, max_step_tokens: in
     assert reused > 0, "no block was reused"
 
 
-def test_drafts_are_accepted_and_rejected() -> None:
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"llama"}))
+def test_greedy_text_of_every_architecture_is_that_of_the_naive_loop(architecture: str, drafter: str) -> None:
+    requests = greedy(8)
+    want = {(r.id, 0): answer(r, naive_target(architecture)) for r in requests}
+    assert min(len(r.prompt_ids) + len(want[r.id, 0]) for r in requests) > WINDOW
+    base = replace(DRAFTERS[drafter], architecture=architecture, block_size=2)
+    preemptions = 0
+    for policy, num_blocks, max_step_tokens in ((POLICIES[2], 12, 7), (POLICIES[3], 200, 32)):
+        setup = replace(base, policy=policy, num_blocks=num_blocks, max_step_tokens=max_step_tokens)
+        outcome = drive(make_core(setup), requests)
+        assert outcome.tokens == want, setup
+        preemptions += sum(step.num_preemptions for step in outcome.steps)
+    assert preemptions > 0, "the small pool did not force a preemption"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_drafts_are_accepted_and_rejected(architecture: str) -> None:
     """The matrix proves nothing if the drafter is always right or never."""
-    rounds = drive(make_core(Setup()), greedy(8)).rounds
+    rounds = drive(make_core(Setup(architecture=architecture)), greedy(8)).rounds
     drafted, accepted = sum(r.num_draft for r in rounds), sum(r.num_accepted for r in rounds)
     assert 0.1 * drafted < accepted < 0.9 * drafted
 
