@@ -38,6 +38,11 @@ class Watch:
     name: str  # of the model, for messages
     calls: dict[int, LayerCall] = field(default_factory=dict)
 
+    def require_all(self, num_layers: int) -> None:
+        """Raises UnsupportedModel where a layer never called: there is something else than attention in it."""
+        if silent := sorted(set(range(num_layers)) - self.calls.keys()):
+            raise UnsupportedModel(f"{self.name}: layers {silent} ask for no attention; only layers of attention are served.")
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The distinct ones, in the order of the layers."""

@@ -88,6 +88,7 @@ class DecoderStack:
         watch = Watch(self.config.model_type)
         self._model.set_attn_implementation(PROBE)
         expected = torch.cat([self._model(row.unsqueeze(0), use_cache=False, watch=watch).logits[0] for row in self._check_ids()])
+        watch.require_all(self.num_layers)
         for window in filter(None, watch.windows):
             past = PretendedPast(window)
             self._model(self._check_ids()[1].unsqueeze(0), use_cache=False, past_key_values=past, watch=watch, past=past)

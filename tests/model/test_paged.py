@@ -20,22 +20,23 @@ from engine.model.paged import PagedModel, kv_bytes_per_token
 from engine.model.runner import ModelRunner
 from engine.model.stack import DecoderStack
 from engine.plan import Chunk, RowsWanted, StepPlan
-from tests.tiny import VOCAB, target_model
+from tests.tiny import ARCHITECTURES, VOCAB, target_model
 from tests.unit.factories import make_drafts, make_sequence
 
 
 @torch.inference_mode()
-def own(tokens: list[int]) -> torch.Tensor:
-    return target_model()(torch.tensor([tokens]), use_cache=False).logits[0]  # type: ignore[no-any-return]
+def own(tokens: list[int], architecture: str = "llama") -> torch.Tensor:
+    return target_model(architecture=architecture)(torch.tensor([tokens]), use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 
-def stack() -> DecoderStack:
-    return DecoderStack(copy.deepcopy(target_model()))
+def stack(architecture: str = "llama") -> DecoderStack:
+    return DecoderStack(copy.deepcopy(target_model(architecture=architecture)))
 
 
-def test_ragged_chunks_in_any_blocks_equal_the_own_forward() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ragged_chunks_in_any_blocks_equal_the_own_forward(architecture: str) -> None:
     """Twelve sequences of random length, run in random chunks, several in a pass, blocks scattered over the pool."""
-    rng, model, size = random.Random(3), PagedModel(stack(), 96, 4), 4
+    rng, model, size = random.Random(3), PagedModel(stack(architecture), 96, 4), 4
     free = rng.sample(range(96), 96)
     texts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))] for _ in range(12)]
     tables = [[free.pop() for _ in range(-(-len(text) // size))] for text in texts]
@@ -48,7 +49,7 @@ def test_ragged_chunks_in_any_blocks_equal_the_own_forward() -> None:
         got = model.forward(segments, torch.tensor(ids, dtype=torch.long), range(len(ids)))
         offset = 0
         for i, n in zip(running, lengths, strict=True):
-            want = own(texts[i][: done[i] + n])[done[i] :]
+            want = own(texts[i][: done[i] + n], architecture)[done[i] :]
             torch.testing.assert_close(got[offset : offset + n], want, rtol=0, atol=1e-10)
             offset += n
             done[i] += n
