@@ -16,6 +16,7 @@ WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY engine engine
 COPY server server
+COPY benchmarks benchmarks
 RUN pip install --editable .
 COPY configs configs
 

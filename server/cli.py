@@ -70,7 +70,7 @@ def serve(
         say = progress_to(Console(stderr=True))
         say(f"Cascade Serve {version('cascade-serve')}: loading {config}")
         listener = bind(deployment.server)
-        from server.launch import run  # torch and transformers take seconds
+        from server.launch import run  # the web framework takes a second
 
         run(deployment, listener, say)
 
@@ -92,6 +92,16 @@ def check(
         Console().print(table_of(config, deployment, figures))
         if doubt := doubt_of(figures):
             Console().print(doubt, markup=False, highlight=False, soft_wrap=True)
+
+
+# Its options are declared beside what they mean, in benchmarks/serve.py, which reads everything that is left unread here.
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure a running server, or an engine in this process."""
+    from benchmarks.serve import app as benchmark
+
+    with _one_line_errors("--debug" in context.args):
+        benchmark(context.args, prog_name="cascade bench")
 
 
 def progress_to(console: Console) -> Callable[[str], None]:

@@ -1,0 +1,51 @@
+"""Means, percentiles and bootstrap intervals: the only arithmetic on samples that the benchmarks share. Measures nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import msgspec
+import numpy as np
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """A sample in five numbers, in the unit of the sample."""
+
+    count: int
+    mean: float
+    median: float
+    p95: float
+    p99: float
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """The median of a sample and the 95 % bootstrap interval of that median."""
+
+    median: float
+    low: float
+    high: float
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The value below which `percent` of a sample lies, by linear interpolation between the two nearest ones."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def summarise(values: Sequence[float]) -> Summary | None:
+    """None for an empty sample."""
+    if not values:
+        return None
+    return Summary(len(values), fmean(values), percentile(values, 50), percentile(values, 95), percentile(values, 99))
+
+
+def estimate(values: Sequence[float], num_resamples: int = 5000, seed: int = 0) -> Estimate:
+    """Median and 95 % percentile bootstrap over the values, which must be independent of each other: one a prompt, not one a token."""
+    sample = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).choice(sample, size=(num_resamples, len(sample)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return Estimate(float(np.median(sample)), float(low), float(high))
