@@ -112,6 +112,8 @@ def require_supported(config: PretrainedConfig, name: str) -> None:
         if value := getattr(config, entry, None):
             raise UnsupportedModel(f"{name} has {meaning} ({entry}: {value!r}), which is not served.")
     _require_known_layers(config, name)
+    if has_rope_by_layer_type(config) != has_rope_by_layer_type(type(config)()):
+        raise UnsupportedModel(f"{name} has rotary parameters by layer type, or lacks them, unlike other {config.model_type} models.")
     for rope in _rope_entries(config):
         _require_fixed_rope(rope, name)
 
@@ -135,11 +137,14 @@ def _require_known_layers(config: PretrainedConfig, name: str) -> None:
         raise UnsupportedModel(f"{name} has attention that looks ahead (is_causal: False), which is not served.")
 
 
+def has_rope_by_layer_type(config: PretrainedConfig) -> bool:
+    """Whether each type of layers has rotary parameters of its own; else one entry counts for all."""
+    return not LAYER_TYPES.isdisjoint(config.rope_parameters or ())
+
+
 def _rope_entries(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """The rotary parameters of a config: one entry for all layers, or one for each type of layers."""
     rope = config.rope_parameters or {}
-    nested = [entry for kind, entry in rope.items() if kind in LAYER_TYPES]
-    return [entry or {} for entry in nested] or [rope]
+    return [rope[kind] or {} for kind in sorted(set(config.layer_types))] if has_rope_by_layer_type(config) else [rope]
 
 
 def _require_fixed_rope(rope: dict[str, Any], name: str) -> None:

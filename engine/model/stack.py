@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model.attention import IMPLEMENTATION, PagedContext, Segment, paged_context
+from engine.model.loader import has_rope_by_layer_type
 from engine.model.probe import PROBE, PretendedPast, Watch
 
 # largest difference of logits, relative to the largest logit, that is rounding and not a mistake
@@ -114,8 +115,7 @@ class DecoderStack:
 
 
 def _rotary_kinds(model: Any) -> list[tuple[str, ...]]:
-    """What `rotary_emb` wants to know of each layer: its type where the config has rotary parameters by layer type, else nothing."""
-    layer_types = getattr(model.config, "layer_types", None) or []
-    if any(isinstance(entry, dict) for entry in model.config.rope_parameters.values()):
-        return [(kind,) for kind in layer_types]
+    """What `rotary_emb` wants to know of each layer: its type where rotary parameters go by layer type, else nothing."""
+    if has_rope_by_layer_type(model.config):
+        return [(kind,) for kind in model.config.layer_types]
     return [()] * len(model.model.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from engine.errors import ConfigError, IncompatiblePair, SourceError, UnsupportedModel
 from engine.model import loader
 from engine.model.loader import PairMember
+from engine.model.paged import kv_bytes_per_token
+from engine.model.stack import DecoderStack
+from tests import tiny
 
 CPU = torch.device("cpu")
 
@@ -116,6 +120,61 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(folder: Path, changes
     with pytest.raises(UnsupportedModel, match=reason) as caught:
         loader.load(folder, torch.float32, CPU)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "reason"),
+    [
+        (
+            "gemma3_text",
+            {"model_type": "gemma3", "text_config": {}, "vision_config": {}},
+            "model_type 'gemma3'.*wrapper around several models",
+        ),
+        ("qwen2", {"model_type": "qwen2_vl", "vision_config": {}}, "model_type 'qwen2_vl'.*wrapper around several models"),
+        ("qwen2", {"vision_config": {"depth": 2}}, "a model for images"),
+        ("qwen3", {"model_type": "qwen3_moe"}, "model_type 'qwen3_moe'"),
+        ("gemma3_text", {"model_type": "gemma2"}, "model_type 'gemma2'"),
+        ("llama", {"model_type": "gpt_oss"}, "model_type 'gpt_oss'"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "model_type 'ministral'"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"soft-capped attention \(attn_logit_softcapping: 50\.0\)"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "soft-capped logits"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "attention that looks ahead"),
+        ("llama", {"is_causal": False}, "attention that looks ahead"),
+        ("qwen3", {"num_kv_shared_layers": 2}, "layers that share keys and values"),
+        ("llama", {"num_local_experts": 8}, "a mixture of experts"),
+        ("llama", {"attention_chunk_size": 128}, "chunked attention"),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "linear_attention"]}, "type chunked_attention, linear_attention"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window of None"),
+        ("mistral", {"sliding_window": 0}, "sliding_window of 0"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, "rope type 'dynamic'"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "proportional"}}}, "rope type 'proportional'"),
+        (
+            "qwen2",
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [1, 1]}},
+            r"several axes \(mrope_section\)",
+        ),
+        ("llama", {"partial_rotary_factor": 0.5}, r"a part of each head \(partial_rotary_factor: 0\.5\)"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}, "rotary parameters by layer type"),
+    ],
+)
+def test_an_architecture_is_refused_from_its_config_alone(architecture: str, changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    tiny.tiny_config(architecture).save_pretrained(tmp_path)
+    loader.read_config(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(UnsupportedModel, match=reason) as caught:
+        loader.read_config(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_sizes_of_every_architecture_are_those_of_its_stack(architecture: str, tmp_path: Path) -> None:
+    tiny.tiny_config(architecture).save_pretrained(tmp_path)
+    size = loader.estimate(loader.read_config(tmp_path))
+    stack = DecoderStack(copy.deepcopy(tiny.target_model(architecture=architecture)))
+    assert size.num_parameters * stack.dtype.itemsize == stack.num_weight_bytes
+    assert size.kv_values_per_token * stack.dtype.itemsize == kv_bytes_per_token(stack)
+    assert size.context_length == 64  # Gemma's stretched layers do not stretch those that slide
 
 
 @pytest.mark.parametrize(
