@@ -16,7 +16,8 @@ from engine.config import DrafterConfig, EngineConfig, ModelDrafterConfig, Model
 from engine.errors import IncompatiblePair, SourceError, UnsupportedModel
 from engine.request import Request, SamplingParams
 from tests.reference import answer
-from tests.tiny import VOCAB, drafter_model, drive, naive_drafter, naive_target, target_model
+from tests.tiny import ARCHITECTURES, VOCAB, drafter_model, drive, naive_drafter, naive_target, target_model
+from tests.verify.requests import greedy
 
 
 def save(model: Any, folder: Path, words: list[str]) -> None:
@@ -52,6 +53,20 @@ def test_a_pair_on_disk_is_served(pair: Path) -> None:
     assert any("Warming up" in line for line in said)
     request = Request(id="x", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=12, seed=5, is_seeded=True))
     assert drive(core, [request]).tokens == {("x", 0): answer(request, naive_target(), naive_drafter())}
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"llama"}))
+def test_a_pair_of_every_architecture_on_disk_is_served(architecture: str, tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(VOCAB)]
+    save(target_model(architecture=architecture), tmp_path / "target", words)
+    save(drafter_model(architecture=architecture), tmp_path / "drafter", words)
+    core = build(config(tmp_path, ModelDrafterConfig(source=str(tmp_path / "drafter"), dtype="float64")))
+    assert core.info.max_model_len == 64
+    requests = greedy(3)
+    want = {(r.id, 0): answer(r, naive_target(architecture)) for r in requests}
+    outcome = drive(core, requests)
+    assert outcome.tokens == want
+    assert any(r.num_accepted for r in outcome.rounds)
 
 
 def test_another_tokenizer_is_refused_with_both_named(pair: Path) -> None:
