@@ -3,9 +3,11 @@
 EngineError
 ├── ClientError                 the caller's mistake; the same call fails again
 │   ├── InvalidRequest          a value that cannot be served; `param` names it
-│   └── ContextLengthExceeded   prompt and answer do not fit the served context
+│   ├── ContextLengthExceeded   prompt and answer do not fit the served context
+│   └── CrashingRequest         the engine was lost each time that it ran an equal request
 └── ServerError                 not the caller's mistake
     ├── QueueFull               try again after `retry_after` seconds
+    ├── EngineRestarting        the engine was lost and comes back; nothing was run; try again after `retry_after` seconds
     ├── EngineDead              the engine failed or was closed; what it was running is lost
     └── ConfigError             the deployment cannot be served as configured
         ├── SourceError         a model's files cannot be found, read or fetched
@@ -45,6 +47,17 @@ class ContextLengthExceeded(ClientError):
         self.max_model_len = max_model_len
 
 
+class CrashingRequest(ClientError):
+    """The engine was lost each time that it ran an equal request."""
+
+    def __init__(self, num_losses: int):
+        super().__init__(
+            f"The engine failed {num_losses} times while it ran a request equal to this one, which is refused for now. "
+            "Change the prompt or the parameters."
+        )
+        self.num_losses = num_losses
+
+
 class ServerError(EngineError):
     """Not the caller's mistake."""
 
@@ -54,6 +67,14 @@ class QueueFull(ServerError):
 
     def __init__(self, num_waiting: int, retry_after: int):
         super().__init__(f"The server is at capacity: {num_waiting} answers are waiting. Try again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
+class EngineRestarting(ServerError):
+    """The engine was lost and is being started again; nothing of the request was run."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(f"The engine is being restarted, and nothing of this request was run. Try again in {retry_after} s.")
         self.retry_after = retry_after
 
 

@@ -46,7 +46,8 @@ class DeltaStream:
         if choice in self._open:
             self._open.discard(choice)
             self._waiting = [d for d in self._waiting if d.choice != choice]
-            self._abort(self.request.id, choice)
+            if self._error is None:  # else the engine that ran it is lost, and another one may have a request of this id
+                self._abort(self.request.id, choice)
             self._wake.set()
 
     def __aiter__(self) -> DeltaStream:
@@ -126,9 +127,6 @@ class OpenRequests:
         return found
 
     def _abort(self, request_id: str, choice: int) -> None:
-        stream = self._streams.get(request_id)
-        if stream is None:  # its engine was lost
-            return
         self._abort_in_engine(request_id, choice)
-        if not stream.open_choices:
+        if not self._streams[request_id].open_choices:
             del self._streams[request_id]

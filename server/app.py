@@ -84,15 +84,15 @@ async def _load(app: FastAPI) -> EngineInfo:
     info = await _started(engine)
     app.state.serving = Serving(
         engine=engine,
-        info=info,
+        version=app.version,
         tokenizer=app.state.load_tokenizer(info.target_path),
         deployment=app.state.deployment,
         metrics=app.state.metrics,
         draining=app.state.draining,
-        fingerprint=fingerprint(app.version, info),
         started_at=int(time.time()),
     )
     engine.on_step(app.state.metrics.observe_step)
+    engine.on_loss(app.state.metrics.observe_loss)
     app.state.draining.attach()
     return info
 
@@ -103,17 +103,6 @@ async def _started(engine: EngineClient) -> EngineInfo:
     except EngineDead:  # not started yet; one that is really dead says so again
         await engine.start()
         return engine.info
-
-
-def fingerprint(version: str, info: EngineInfo) -> str:
-    """What an answer depends on apart from the request: version, pair, dtype, device; readable, and fit for a header."""
-    pair = "+".join(_last_part(name) for name in (info.target, info.drafter))
-    return re.sub(r"[^\w.+:-]", "_", f"cascade-{version}-{pair}-{info.dtype}-{info.device}", flags=re.ASCII)
-
-
-def _last_part(source: str) -> str:
-    """Of a path, a hub id or a package's file."""
-    return re.split(r"[/\\]", source)[-1]
 
 
 class RequestId:

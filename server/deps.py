@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -23,16 +24,32 @@ from server.text import TextTokenizer
 
 @dataclass(frozen=True)
 class Serving:
-    """Everything that answering takes. Made when the model is loaded, unchanged from then on."""
+    """Everything that answering takes. Made when the model is loaded, unchanged from then on; what a restart may change is asked for."""
 
     engine: EngineClient
-    info: EngineInfo
+    version: str
     tokenizer: TextTokenizer
     deployment: Deployment
     metrics: Metrics
     draining: Draining
-    fingerprint: str
     started_at: int  # Unix time
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself. Raises EngineDead."""
+        return self.engine.info
+
+    @property
+    def fingerprint(self) -> str:
+        """What an answer depends on apart from the request: version, pair, dtype, device; readable, and fit for a header."""
+        info = self.info
+        pair = "+".join(_last_part(name) for name in (info.target, info.drafter))
+        return re.sub(r"[^\w.+:-]", "_", f"cascade-{self.version}-{pair}-{info.dtype}-{info.device}", flags=re.ASCII)
+
+
+def _last_part(source: str) -> str:
+    """Of a path, a hub id or a package's file."""
+    return re.split(r"[/\\]", source)[-1]
 
 
 async def get_serving(request: Request) -> Serving:

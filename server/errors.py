@@ -22,7 +22,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from engine.errors import ClientError, ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull, ServerError
+from engine.errors import (
+    ClientError,
+    ContextLengthExceeded,
+    CrashingRequest,
+    EngineDead,
+    EngineRestarting,
+    InvalidRequest,
+    QueueFull,
+    ServerError,
+)
 
 
 class UnknownModel(ClientError):
@@ -84,10 +93,12 @@ TABLE: Mapping[type[BaseException], Entry] = {
     InvalidKey: Entry(401, "invalid_request_error", "invalid_api_key"),
     ContextLengthExceeded: Entry(400, "invalid_request_error", "context_length_exceeded"),
     InvalidRequest: Entry(400, "invalid_request_error"),  # and the param that the error names
+    CrashingRequest: Entry(400, "invalid_request_error", "request_crashes_engine"),
     ClientError: Entry(400, "invalid_request_error"),
     QueueFull: Entry(503, "server_error", "queue_full"),
     NotLoaded: Entry(503, "server_error", "model_loading"),
     ShuttingDown: Entry(503, "server_error", "shutting_down"),
+    EngineRestarting: Entry(503, "server_error", "engine_restarting"),
     EngineDead: Entry(500, "server_error", "engine_dead"),
     Exception: Entry(500, "server_error", "internal_error"),
 }

@@ -1,4 +1,5 @@
-"""Runs one deployment as an HTTP server: loads, serves, drains. The only place that handles signals.
+"""Runs one deployment as an HTTP server: loads, serves, drains. The only place that handles signals. The engine, and with it torch, is
+in a process of its own.
 
 It listens from the beginning: while the model is loaded /health is 200 and /ready is 503.
 SIGTERM or Ctrl-C stops admission and lets what runs finish for up to `drain_seconds`; a second signal ends the process at once.
@@ -17,14 +18,14 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from engine.build import build
-from engine.client import ThreadClient
+from engine.process import ProcessClient
 from engine.stats import EngineInfo
+from engine.supervision import Supervision
 from server.app import create_app
 from server.drain import Draining
 from server.listener import refused
-from server.report import in_bytes
 from server.settings import Deployment, ServerSettings
+from server.units import in_bytes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLOSING_SECONDS = 5  # for streams that were cut and for connections to close
@@ -41,8 +42,7 @@ async def _run(deployment: Deployment, listener: socket.socket, say: Say) -> Non
     with listener:
         ending = Ending(say)
         ending.listen()
-        engine = ThreadClient(lambda: build(deployment.engine_part, say), deployment.server.max_queued_requests)
-        app = create_app(engine, deployment, waits_for_engine=False)
+        app = create_app(_engine(deployment, say), deployment, waits_for_engine=False)
         server = Server(_uvicorn_config(app, deployment.server))
         serving = asyncio.ensure_future(server.serve([listener]))
         try:
@@ -59,6 +59,11 @@ async def _run(deployment: Deployment, listener: socket.socket, say: Say) -> Non
             except OSError as error:
                 raise refused(deployment.server, error) from error
         say("Stopped")
+
+
+def _engine(deployment: Deployment, say: Say) -> ProcessClient:
+    supervision = Supervision(hang_seconds=deployment.server.engine_hang_seconds)
+    return ProcessClient(deployment.engine_part, deployment.server.max_queued_requests, say, supervision)
 
 
 async def _loaded_by(server: Server, serving: asyncio.Future[None], app: FastAPI) -> EngineInfo:
@@ -112,7 +117,7 @@ class Ending:
     def _handle(self, number: signal.Signals) -> None:
         if self._server is None or self._draining is None:
             self._say("Stopped while loading")
-            os._exit(0 if number == signal.SIGTERM else 128 + number)  # a thread that loads cannot be interrupted
+            os._exit(0 if number == signal.SIGTERM else 128 + number)  # the engine's process ends with this one, wherever it is
         if self._drain is not None:
             self._say(f"Second signal ({number.name}): stopped at once")
             os._exit(128 + number)

@@ -47,6 +47,13 @@ class Metrics:
         self._prefix_queried.inc(stats.num_prefix_queried_tokens)
         self._prefix_hit.inc(stats.num_prefix_hit_tokens)
 
+    def observe_loss(self, is_restarted: bool) -> None:
+        """The engine was lost: nothing runs or waits in it, and it holds no memory."""
+        for gauge in self._gauges:
+            gauge.set(0)
+        if is_restarted:
+            self._restarts.inc()
+
     def refused(self, status: int, code: str) -> None:
         """Count an HTTP request that was answered with an error."""
         self._refusals.labels(str(status), code).inc()
@@ -74,6 +81,7 @@ class Metrics:
             gauge("kv_used_blocks", "KV blocks that running answers held at the last step"),
             gauge("kv_blocks", "KV blocks that there are"),
         )
+        self._restarts = counter("engine_restarts", "Times that the engine was lost and started again")
         self._steps = counter("steps", "Steps of the engine")
         self._step_seconds = self._histogram("step_seconds", "Duration of a step of the engine", ("model",), _SHORT).labels(self.model)
         self._target_tokens = counter("target_tokens", "Rows of the target's passes: prompt, recomputed, pending and draft tokens")

@@ -17,8 +17,7 @@ from engine.model.loader import ModelSize, PairMember, check_pair, estimate, rea
 from engine.model.source import fetch_config
 from engine.stats import EngineInfo
 from server.settings import Deployment
-
-UNKNOWN = "unknown offline"
+from server.units import UNKNOWN, in_bytes
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,3 @@ def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
         ("address", f"http://{server.host}:{server.port}"),
         ("API keys", f"{len(server.api_keys)}" if server.api_keys else "none: everybody is served"),
     ]
-
-
-def in_bytes(count: int | None) -> str:
-    """A number of bytes for people."""
-    if count is None:
-        return UNKNOWN
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.4g} {unit}"
-        amount /= 1024
-    return f"{amount:.4g} GiB"

@@ -36,6 +36,7 @@ class ServerSettings(Section):
     max_body_bytes: ByteSize = Field(ByteSize(32 << 20), ge=1, description="longest body of a request, such as 32MiB; beyond it is a 413")
     drain_seconds: float = Field(30.0, ge=0, le=86_400, allow_inf_nan=False, description="time to finish what runs at SIGTERM")
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
+    engine_hang_seconds: float = Field(30.0, ge=5, le=86_400, allow_inf_nan=False, description="an engine silent for so long is killed")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

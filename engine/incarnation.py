@@ -1,0 +1,146 @@
+"""One run of the engine's process, as its parent holds it: the process, the pipe that ties it to us, the socket, the directory.
+
+Starts it, carries frames, and ends it. What to do when it is lost is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+import uuid
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory, gettempdir
+
+import zmq
+import zmq.asyncio
+
+from engine.errors import ConfigError
+from engine.wire import Command, Hello, Report, decode_report, encode
+
+STACK_SECONDS = 0.5  # for a process that hangs to write its stacks to standard error
+
+
+class Incarnation:
+    """A process and everything that it costs us. `spawn` makes one, `end` gives all of it back."""
+
+    def __init__(self, line: _Line, process: asyncio.subprocess.Process, resources: ExitStack):
+        self.id = line.incarnation
+        self.num_frames = 0  # received so far
+        self._line = line
+        self._process = process
+        self._resources = resources
+        self._began = time.monotonic()
+
+    @classmethod
+    async def spawn(cls) -> Incarnation:
+        """Start a process that will say Hello. Raises ConfigError where no socket can be made.
+
+        The socket is in a directory of its own that nobody else may enter. The process ends when its standard input does: when `end`
+        closes our end of that pipe, and when we are gone, however we went.
+        """
+        with ExitStack() as resources:
+            line = _listen(uuid.uuid4().hex, resources)
+            read_end, write_end = os.pipe()
+            resources.callback(os.close, write_end)
+            try:
+                process = await asyncio.create_subprocess_exec(*_command(line), stdin=read_end, env=_environment())
+            finally:
+                os.close(read_end)
+            return cls(line, process, resources.pop_all())
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._began
+
+    def send(self, command: Command) -> None:
+        """Queue a frame for the process. Never waits; what a process that is gone has not read is lost with it."""
+        self._line.socket.send(encode(command))
+
+    async def receive(self) -> Report:
+        """The next frame of this incarnation."""
+        while True:
+            frame = decode_report(await self._line.socket.recv())
+            if frame.incarnation != self.id:
+                continue
+            if isinstance(frame, Hello):
+                self._line.directory.cleanup()  # a connection needs no name, and nothing is left behind if we are killed
+            self.num_frames += 1
+            return frame
+
+    async def exited(self) -> str:
+        """Wait for the process to end by itself. Says how, as in "was killed by SIGKILL"."""
+        return _how(await self._process.wait())
+
+    async def kill(self) -> None:
+        """End a process that hangs; it says first where it stands, if it can."""
+        with suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(STACK_SECONDS)
+            self._process.kill()
+
+    async def end(self, seconds: float) -> None:
+        """Close the pipe, and kill a process that does not end within `seconds`. Afterwards nothing of it is left."""
+        self._resources.close()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._process.wait()
+        except TimeoutError:
+            pass  # it is killed below
+        finally:
+            if self._process.returncode is None:
+                with suppress(ProcessLookupError):
+                    self._process.kill()
+                await self._process.wait()
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Our end of the socket, and where the other end finds it."""
+
+    incarnation: str
+    directory: TemporaryDirectory[str]
+    socket: zmq.asyncio.Socket
+
+    @property
+    def endpoint(self) -> str:
+        return f"ipc://{self.directory.name}/engine"
+
+
+def _listen(incarnation: str, resources: ExitStack) -> _Line:
+    """A socket in a directory of mode 0700. Raises ConfigError."""
+    try:
+        directory = TemporaryDirectory(prefix="cascade-engine-")
+        resources.callback(directory.cleanup)
+        context = zmq.asyncio.Context()
+        resources.callback(context.destroy, 0)
+        line = _Line(incarnation, directory, context.socket(zmq.PAIR))
+        line.socket.set_hwm(0)  # nobody waits for the other side; what is under way is bounded by the open requests
+        line.socket.bind(line.endpoint)
+    except (OSError, zmq.ZMQError) as error:
+        raise ConfigError(
+            f"No socket for the engine can be made in {gettempdir()} ({error}). Set TMPDIR to a folder with a short path."
+        ) from error
+    return line
+
+
+def _command(line: _Line) -> tuple[str, ...]:
+    # -P: a folder named engine in the working directory must not be taken for ours
+    return (sys.executable, "-P", "-m", "engine.child", line.endpoint, line.incarnation)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with our module path; threads of torch that wait are to sleep, see server/cli.py."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {"OMP_WAIT_POLICY": "passive"} | os.environ | {"PYTHONPATH": path}
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"ended with exit status {status}"
+    hint = "; has the machine run out of memory?" if status == -signal.SIGKILL else ""
+    return f"was killed by signal {-status} ({signal.strsignal(-status)}{hint})"
