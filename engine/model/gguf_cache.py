@@ -27,7 +27,7 @@ from engine.errors import SourceError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when a conversion of the same file would come out differently
+FORMAT = 2  # raise it when a conversion of the same file would come out differently
 MANIFEST = "manifest.json"
 
 Converter = Callable[[Path, Path], None]  # (the .gguf file, the folder to fill)
@@ -78,7 +78,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         done = subprocess.run(command, check=False, stdin=child_end, capture_output=True, text=True)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise SourceError(f"{gguf} cannot be read as a GGUF model ({reason[0]}).")
+        raise SourceError(f"{gguf} cannot be read as a GGUF model that is served ({reason[0]}).")
 
 
 def _build(gguf: Path, source: FileMark, folder: Path, convert: Converter) -> None:

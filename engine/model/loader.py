@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from engine.config import Dtype
 from engine.errors import ConfigError, IncompatiblePair, SourceError, UnsupportedModel
+from engine.model.gguf_metadata import require_convertible
 from engine.model.source import CONFIG_FILE, Progress, first_line, silent
 
 # whose packed layers were compared with their own forward pass, in tests/model and in the one matrix
@@ -87,7 +88,9 @@ def read_config(path: Path) -> PretrainedConfig:
     """The config of a folder or a .gguf file that this engine can serve. Raises SourceError or UnsupportedModel."""
     where = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
-    if not where:
+    if where:
+        require_convertible(path)
+    else:
         _require_known_type(_read_json(folder / CONFIG_FILE), str(path))  # before transformers, which would ask for remote code
     with quiet_transformers():
         try:

@@ -107,7 +107,7 @@ def swap_source(folder: Path) -> None:
         (add_file, "adapter_config.json does not belong to it"),
         (lose_manifest, "it has no manifest.json"),
         (damage_manifest, "its manifest.json is damaged"),
-        (age, "it has format 0, this version writes 1"),
+        (age, f"it has format 0, this version writes {gguf_cache.FORMAT}"),
         (swap_source, "it was made from another file"),
     ],
 )

@@ -92,7 +92,8 @@ def test_check_with_loading_needs_the_models(tmp_path: Path) -> None:
 
 STUBS = {  # a conversion that begins at once and never ends
     "torch": "float32 = None",
-    "transformers": """
+    "transformers/integrations/gguf": "def read_gguf_metadata(path): return {'general.architecture': 'llama'}, ()",
+    "transformers/__init__": """
 import pathlib, sys, time
 class AutoModelForCausalLM:
     def from_pretrained(*args, **options):
@@ -122,7 +123,9 @@ def is_over(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_conversion_ends_with_the_server(tmp_path: Path, number: signal.Signals) -> None:
     for name, source in STUBS.items():
-        (tmp_path / f"{name}.py").write_text(source)
+        file = tmp_path / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
     code = f"""
 from pathlib import Path
 from engine.model.gguf_cache import convert_gguf
