@@ -27,6 +27,7 @@ from benchmarks.figures import Figures, Goal, answers_of, figures_of, parse_goal
 from benchmarks.http import PATHS, HttpTarget, base_url_of, open_client, served_models
 from benchmarks.load import LoadResult, Outcome, Target, run_load
 from benchmarks.options import LoadOptions, PromptOptions, extra_fields, require_askable
+from benchmarks.output import write
 from benchmarks.prompts import Prompt, random_words
 from benchmarks.table import category_table, latency_table, totals_table
 
@@ -159,15 +160,6 @@ def finish(report: Report, outcomes: Sequence[Outcome], output: Path | None) -> 
             soft_wrap=True,
         )
         raise typer.Exit(1)
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """A result as a file. Raises BenchmarkError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
-    except OSError as error:
-        raise BenchmarkError(f"--output {path}: cannot be written: {error.strerror}.") from error
 
 
 # ---------------------------------------------------------------------- who answers

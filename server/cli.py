@@ -64,7 +64,7 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Load a deployment and serve it until SIGTERM or Ctrl-C."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         deployment = load(config, host=host, port=port)
         _set_up_logging(deployment)
         say = progress_to(Console(stderr=True))
@@ -82,7 +82,7 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Print what a deployment would serve and the memory it needs."""
-    with _one_line_errors(debug):
+    with one_line_errors(debug):
         deployment = load(config)
         _set_up_logging(deployment)
         from server.report import doubt_of, estimated_figures, loaded_figures, table_of  # torch and transformers take seconds
@@ -100,7 +100,7 @@ def bench(context: typer.Context) -> None:
     """Measure a running server, or an engine in this process."""
     from benchmarks.serve import app as benchmark
 
-    with _one_line_errors("--debug" in context.args):
+    with one_line_errors("--debug" in context.args):
         benchmark(context.args, prog_name="cascade bench")
 
 
@@ -115,7 +115,7 @@ def progress_to(console: Console) -> Callable[[str], None]:
 
 
 @contextmanager
-def _one_line_errors(is_debugging: bool) -> Iterator[None]:
+def one_line_errors(is_debugging: bool) -> Iterator[None]:
     """What the operator can mend is a line and exit code 2; anything else is a bug and keeps its traceback."""
     try:
         yield

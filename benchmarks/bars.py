@@ -1,0 +1,324 @@
+"""What each speed bar measures. The bars themselves, and how results are shown, stand in speed.py.
+
+Every comparison runs in turns within one process: prompt by prompt, several repetitions, engines of the same weights side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pydantic import ValidationError
+
+from benchmarks.body import BodyMaker
+from benchmarks.errors import BenchmarkError, RequestFailed
+from benchmarks.http import PATHS, HttpTarget, base_url_of, open_client
+from benchmarks.load import closed_loop, run_load
+from benchmarks.programs import EngineProgram, PromptEncoder, Run, TransformersProgram, engine_program, variant
+from benchmarks.prompts import BUILT_IN, Prompt, random_words, read, shuffled
+from benchmarks.served import ServedDeployment, serve
+from benchmarks.stats import Estimate, estimate
+from benchmarks.turns import Comparison, Rows, Sides, Turns, compare, in_turns
+from engine.config import EngineConfig
+from engine.plan import Chunk, DraftBatch, QKind, StepPlan
+from engine.request import Choice, Request, SamplingParams
+from engine.sequence import Sequence
+
+NO_DRAFTER: Mapping[str, Any] = {"model.drafter": {"kind": "none"}}
+FLOAT32: Mapping[str, Any] = {"model.target.dtype": "float32"}
+NGRAM: Mapping[str, Any] = {
+    "model.drafter": {"kind": "ngram", "max_n": 3, "min_n": 1},
+    "speculation.draft_length": {"policy": "fixed", "max": 4},
+}
+INT8: Mapping[str, Any] = {"model.target.quantization": "int8"}
+# A block's memory counts as resident when it is first used. With so few, all of them are in use before the first look.
+FEW_BLOCKS: Mapping[str, Any] = {"engine.kv_cache": 64 << 20}
+# Of spec_bench_dev.jsonl: the ten shortest questions of the category summarization, and the ten shortest of rag.
+SUMMARIES_AND_RETRIEVAL = (245, 251, 259, 261, 275, 277, 283, 287, 291, 305, 501, 503, 505, 509, 519, 523, 527, 535, 549, 555)
+
+
+class BarSkipped(Exception):
+    """The bar cannot be measured here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How thoroughly, and with what."""
+
+    config: Path
+    data: Path  # spec_bench_dev.jsonl
+    repetitions: int
+    is_quick: bool  # shows that a bar runs; its figures mean little
+    tick: Callable[[], None] = lambda: None  # after every prompt
+
+    def size(self, full: int, quick: int) -> int:
+        return quick if self.is_quick else full
+
+    def turns(self, num_prompts: int) -> Turns:
+        return Turns(num_prompts, self.repetitions, self.tick)
+
+    def engine(self, *changes: Mapping[str, Any]) -> EngineConfig:
+        return variant(self.config, {key: value for change in changes for key, value in change.items()})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A bar's figure, what each repetition alone says, and what else was seen."""
+
+    value: Estimate
+    repetitions: tuple[float, ...]
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------- against transformers
+def one_stream(setting: Setting) -> Measured:
+    """Tokens a second of one float32 stream without drafts over those of transformers' generate, prompts included."""
+    ours = engine_program(setting.engine(NO_DRAFTER, FLOAT32))
+    theirs, num_tokens = TransformersProgram(ours.info), setting.size(128, 8)
+    prompts = _built_in(setting.size(6, 2))
+    sides = Sides(
+        _encoded(ours, prompts),
+        [lambda ids: ours.answer(ids, num_tokens, stops=False), lambda ids: theirs.answer(ids, num_tokens, stops=False)],
+    )
+    rows = in_turns(sides, setting.turns(len(prompts)))
+    return _measured(compare(rows, _rate_ratio), _rates(rows) | _equal_texts(rows))
+
+
+def prefill(setting: Setting) -> Measured:
+    """Seconds that transformers needs for a long prompt and one token, over ours."""
+    ours = engine_program(setting.engine(NO_DRAFTER))
+    theirs, encoder = TransformersProgram(ours.info), PromptEncoder(ours.info.target_path)
+    num_tokens = setting.size(1500, 100)
+    sides = Sides(lambda _: encoder.words(num_tokens), [lambda ids: ours.answer(ids, 1), lambda ids: theirs.answer(ids, 1)])
+    rows = in_turns(sides, setting.turns(setting.size(4, 2)))
+    return _measured(compare(rows, _time_ratio), {"prompt_tokens": num_tokens} | _seconds(rows) | _equal_texts(rows))
+
+
+# ---------------------------------------------------------------------- of the engine
+def forward_window(setting: Setting) -> Measured:
+    """Seconds of a pass over 6 tokens over those of a pass over 1, head included, 200 tokens into a sequence."""
+    core = engine_program(setting.engine(NO_DRAFTER)).core
+    encoder, context, passes = PromptEncoder(core.info.target_path), 200, setting.size(20, 2)
+    runner = core._parts.runner  # the very pass that a step runs; nothing public runs it alone
+
+    def made(_: int) -> Sequence:
+        request = Request(id="window", prompt_ids=encoder.words(context + 1), sampling=SamplingParams(max_tokens=8, temperature=0.0))
+        seq = Sequence(request, Choice())
+        seq.block_table = list(range(-(-(context + 8) // core.info.block_size)))
+        runner.forward(*_window(seq, num_tokens=context + 1, num_draft=0))
+        seq.num_computed = context
+        return seq
+
+    def milliseconds(seq: Sequence, num_draft: int) -> float:
+        times = []
+        for _ in range(passes):
+            start = time.perf_counter()
+            logits, _ = runner.forward(*_window(seq, num_tokens=1, num_draft=num_draft))
+            float(logits[0, 0])  # waits for the device
+            times.append(1000 * (time.perf_counter() - start))
+        return median(times)
+
+    sides = Sides(made, [lambda seq: milliseconds(seq, 5), lambda seq: milliseconds(seq, 0)])
+    rows = in_turns(sides, setting.turns(setting.size(8, 2)))
+    detail = {"ms_of_6": _median_of(rows, 0), "ms_of_1": _median_of(rows, 1)}
+    return _measured(compare(rows, lambda row: row[0] / row[1]), detail)
+
+
+def ngram(setting: Setting) -> Measured:
+    """Tokens a second of one greedy stream with n-gram drafts over those without, on prompts whose words come back in the answer."""
+    prompts = _chosen(setting)
+    drafting, plain = engine_program(setting.engine(NGRAM)), engine_program(setting.engine(NO_DRAFTER))
+    num_tokens = setting.size(200, 8)
+    sides = Sides(_encoded(plain, prompts), [lambda ids: drafting.answer(ids, num_tokens), lambda ids: plain.answer(ids, num_tokens)])
+    rows = in_turns(sides, setting.turns(len(prompts)))
+    behind_first = [[row for row in repetition if all(len(run.token_ids) > 1 for run in row)] for repetition in rows]
+    alone = compare(behind_first, lambda row: row[1].seconds_per_token / row[0].seconds_per_token)
+    detail = {"without_prompts": alone.value.median, "ids": [prompt.id for prompt in prompts]}
+    return _measured(compare(rows, _rate_ratio), detail | _rates(rows) | _equal_texts(rows))
+
+
+def eight_streams(setting: Setting) -> Measured:
+    """Tokens a second of 8 streams together over those of the same prompts one after another, no drafts, prompts included."""
+    engine = engine_program(setting.engine(NO_DRAFTER))
+    num_streams, num_groups, num_tokens = 8, setting.size(3, 1), setting.size(64, 4)
+    prompts, encoder = _built_in(num_streams * num_groups), PromptEncoder(engine.info.target_path)
+    groups = [prompts[i * num_streams : (i + 1) * num_streams] for i in range(num_groups)]
+
+    def together(asked: tuple[Prompt, ...]) -> float:
+        return max(run.seconds for run in engine.answers([encoder.new(prompt) for prompt in asked], num_tokens, stops=False))
+
+    def one_by_one(asked: tuple[Prompt, ...]) -> float:
+        return sum(engine.answer(encoder.new(prompt), num_tokens, stops=False).seconds for prompt in asked)
+
+    rows = in_turns(Sides(lambda i: tuple(groups[i]), [together, one_by_one]), setting.turns(num_groups))
+    rates = [[[num_streams * num_tokens / value for value in row] for row in repetition] for repetition in rows]
+    detail = {"tokens_per_second": _median_of(rates, 0), "one_stream_tokens_per_second": _median_of(rates, 1)}
+    return _measured(compare(rows, lambda row: row[1] / row[0]), detail)
+
+
+def int8(setting: Setting) -> Measured:
+    """Tokens a second of one int8 stream over those of one float32 stream, no drafts."""
+    try:
+        config = setting.engine(NO_DRAFTER, INT8)
+    except ValidationError as error:
+        raise BarSkipped("this version has no model.target.quantization: int8") from error
+    quantised, plain = engine_program(config), engine_program(setting.engine(NO_DRAFTER, FLOAT32))
+    prompts, num_tokens = _built_in(setting.size(6, 2)), setting.size(128, 8)
+    sides = Sides(
+        _encoded(plain, prompts),
+        [lambda ids: quantised.answer(ids, num_tokens, stops=False), lambda ids: plain.answer(ids, num_tokens, stops=False)],
+    )
+    rows = in_turns(sides, setting.turns(len(prompts)))
+    return _measured(compare(rows, _rate_ratio), _rates(rows) | _equal_texts(rows))
+
+
+# ---------------------------------------------------------------------- of the server
+def start(setting: Setting) -> Measured:
+    """Seconds from typing `cascade serve` to /ready. The first start, which may convert a model, is not counted."""
+    seconds = []
+    for i in range(1 + setting.repetitions):
+        with serve(setting.engine()) as served:
+            if i:
+                seconds.append(served.seconds_to_ready)
+        setting.tick()
+    return Measured(estimate(seconds), tuple(seconds))
+
+
+def http_overhead(setting: Setting) -> Measured:
+    """Milliseconds a token that a client of a server waits longer than a program that steps the same engine itself. One stream."""
+    config = setting.engine(NO_DRAFTER)
+    program, prompts, num_tokens = engine_program(config), _built_in(setting.size(6, 2)), setting.size(128, 8)
+    encoder = PromptEncoder(program.info.target_path)
+
+    def stepped(prompt: Prompt) -> float:
+        return 1000 * program.answer(encoder.new(prompt), num_tokens).seconds_per_token
+
+    with serve(config) as served, asyncio.Runner() as runner:
+
+        def asked(prompt: Prompt) -> float:
+            conversation = replace(prompt, messages=tuple(encoder.messages(prompt)))
+            return 1000 * runner.run(_tpot(served, config.model.name, conversation, num_tokens))
+
+        rows = in_turns(Sides(lambda i: prompts[i], [asked, stepped]), setting.turns(len(prompts)))
+    detail = {"client_ms_per_token": _median_of(rows, 0), "engine_ms_per_token": _median_of(rows, 1)}
+    return _measured(compare(rows, lambda row: row[0] - row[1]), detail)
+
+
+def memory(setting: Setting) -> Measured:
+    """Resident memory of the server and its engine after many requests over that after a tenth of them."""
+    counts, config = (setting.size(20, 4), setting.size(200, 8)), setting.engine(FEW_BLOCKS)
+    with serve(config) as served:
+        early, late = asyncio.run(_sizes(served, config.model.name, counts))
+    setting.tick()
+    return Measured(estimate([late / early]), (late / early,), {"requests": counts, "resident_bytes": (early, late)})
+
+
+async def _tpot(served: ServedDeployment, model: str, prompt: Prompt, num_tokens: int) -> float:
+    async with open_client(None, timeout=600) as client:
+        url = f"{base_url_of(served.url)}/{PATHS['chat']}"
+        answer = await HttpTarget(client, url, BodyMaker(model, max_tokens=num_tokens)).ask(prompt, 0)
+    if answer.tpot is None:
+        raise BenchmarkError("The server's answer has one token only; the time per token needs at least two.")
+    return answer.tpot
+
+
+async def _sizes(served: ServedDeployment, model: str, counts: tuple[int, int]) -> list[int]:
+    """Resident memory after each of two numbers of requests."""
+    prompts, sizes, done = [random_words(64 + i % 64, seed=i) for i in range(counts[1])], list[int](), 0
+    async with open_client(None, timeout=600) as client:
+        target = HttpTarget(client, f"{base_url_of(served.url)}/{PATHS['chat']}", BodyMaker(model, max_tokens=16))
+        for count in counts:
+            result = await run_load(target, prompts[done:count], closed_loop(count - done, 4), lambda outcome: None)
+            failed = [outcome.result for outcome in result.outcomes if isinstance(outcome.result, RequestFailed)]
+            if failed:
+                raise failed[0]
+            sizes.append(served.resident_bytes())
+            done = count
+    return sizes
+
+
+# ---------------------------------------------------------------------- parts
+def _built_in(count: int) -> list[Prompt]:
+    return shuffled(read(BUILT_IN), count, seed=0)
+
+
+def _chosen(setting: Setting) -> list[Prompt]:
+    """The listed questions, summaries and retrieval in turns. Raises BarSkipped where the file is absent."""
+    if not setting.data.exists():
+        raise BarSkipped(f"{setting.data} is not there; --data names Spec-Bench's questions (question_id, category, turns)")
+    by_id = {prompt.id: prompt for prompt in read(setting.data)}
+    if missing := [number for number in SUMMARIES_AND_RETRIEVAL if number not in by_id]:
+        raise BenchmarkError(f"{setting.data} lacks the questions {', '.join(map(str, missing))}.")
+    ids = SUMMARIES_AND_RETRIEVAL
+    ordered = [by_id[number] for pair in zip(ids[:10], ids[10:], strict=True) for number in pair]
+    return ordered[: setting.size(20, 2)]
+
+
+def _encoded(engine: EngineProgram, prompts: list[Prompt]) -> Callable[[int], tuple[int, ...]]:
+    encoder = PromptEncoder(engine.info.target_path)
+    return lambda i: encoder.new(prompts[i])
+
+
+def _window(seq: Sequence, num_tokens: int, num_draft: int) -> tuple[StepPlan, DraftBatch]:
+    """One sequence with drafts behind its pending tokens; which tokens are drafted does not matter to the time."""
+    plan = StepPlan((Chunk(seq, num_tokens, completes=True, max_draft=num_draft),))
+    drafts = DraftBatch(
+        lengths=(num_draft,),
+        ids=[list(seq.tokens[:num_draft])],
+        kinds=[[*([int(QKind.ONE_HOT)] * num_draft), int(QKind.NONE)]],
+        rows=None,
+        drafter_computed=(0,),
+        lagging=(False,),
+        num_calls=(0,),
+    )
+    return plan, drafts
+
+
+def _measured(comparison: Comparison, detail: Mapping[str, Any]) -> Measured:
+    return Measured(comparison.value, comparison.repetitions, detail)
+
+
+def _rate_ratio(row: list[Run]) -> float:
+    return row[0].tokens_per_second / row[1].tokens_per_second
+
+
+def _time_ratio(row: list[Run]) -> float:
+    return row[1].seconds / row[0].seconds
+
+
+def _rates(rows: Rows[Run]) -> dict[str, float]:
+    values = [[[run.tokens_per_second for run in row] for row in repetition] for repetition in rows]
+    return {"tokens_per_second": _median_of(values, 0), "other_tokens_per_second": _median_of(values, 1)}
+
+
+def _seconds(rows: Rows[Run]) -> dict[str, float]:
+    values = [[[run.seconds for run in row] for row in repetition] for repetition in rows]
+    return {"seconds": _median_of(values, 0), "other_seconds": _median_of(values, 1)}
+
+
+def _equal_texts(rows: Rows[Run]) -> dict[str, int]:
+    """Greedy answers of both sides should be the same tokens, up to ties that floating point breaks."""
+    pairs = [row for repetition in rows for row in repetition]
+    return {"answers": len(pairs), "equal_answers": sum(row[0].token_ids == row[1].token_ids for row in pairs)}
+
+
+def _median_of(rows: Rows[float], side: int) -> float:
+    return median(row[side] for repetition in rows for row in repetition)
+
+
+MEASURES: Mapping[str, Callable[[Setting], Measured]] = {
+    "one-stream": one_stream,
+    "forward-window": forward_window,
+    "ngram": ngram,
+    "eight-streams": eight_streams,
+    "prefill": prefill,
+    "int8": int8,
+    "start": start,
+    "http-overhead": http_overhead,
+    "memory": memory,
+}

@@ -1,0 +1,148 @@
+"""An engine and transformers' generate as programs: token ids in, token ids and seconds out. No server, no event loop, no text.
+
+Every prompt that is timed must be new to the engine: its prefix cache would otherwise answer for the peer that has none. `PromptEncoder`
+makes prompts differ from the first tokens on, and `EngineProgram` refuses a figure that the cache had a part in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.prompts import Message, Prompt, random_words
+from engine.build import build
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.model.loader import load as load_model
+from engine.request import Request, SamplingParams
+from engine.stats import EngineInfo
+from server.settings import load as load_deployment
+from server.text import TextTokenizer
+
+KV_CACHE = 256 << 20  # bytes; engines and peers are in memory at the same time
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer of a program."""
+
+    token_ids: tuple[int, ...]
+    seconds: float
+    first_seconds: float | None = None  # until the first token; None where the program does not show it
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of the tokens behind the first."""
+        if self.first_seconds is None or len(self.token_ids) < 2:
+            raise BenchmarkError("The time per token needs an answer of at least two tokens and the time of the first.")
+        return (self.seconds - self.first_seconds) / (len(self.token_ids) - 1)
+
+
+class PromptEncoder:
+    """Prompts as token ids, under the model's own template; no two have the same beginning."""
+
+    def __init__(self, folder: str | Path):
+        self._tokenizer = TextTokenizer.from_folder(folder)
+        self._numbers = itertools.count(1)
+
+    def new(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids that no call before has given."""
+        if self._tokenizer.has_chat_template:
+            return tuple(self._tokenizer.encode_chat(self.messages(prompt)))
+        return tuple(self._tokenizer.encode(f"{next(self._numbers)}. {prompt.messages[-1]['content']}"))
+
+    def messages(self, prompt: Prompt) -> list[Message]:
+        """A conversation that no call before has given: a number stands at its head."""
+        head = {"role": "system", "content": f"{next(self._numbers)}. You are a helpful assistant."}
+        return [head, *(message for message in prompt.messages if message["role"] != "system")]
+
+    def words(self, num_tokens: int) -> tuple[int, ...]:
+        """Exactly so many tokens of random words."""
+        text = random_words(num_tokens, seed=next(self._numbers)).messages[0]["content"]
+        return tuple(self._tokenizer.encode(text)[:num_tokens])
+
+
+class EngineProgram:
+    """An engine that is stepped by hand. Greedy."""
+
+    def __init__(self, core: EngineCore):
+        self.core = core
+        self._ids = itertools.count()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.core.info
+
+    def answer(self, prompt_ids: Sequence[int], num_tokens: int, stops: bool = True) -> Run:
+        """One stream: at most `num_tokens` tokens, exactly so many unless it `stops` at an end token."""
+        return self.answers([prompt_ids], num_tokens, stops)[0]
+
+    def answers(self, prompts: Sequence[Sequence[int]], num_tokens: int, stops: bool = True) -> list[Run]:
+        """As many streams as there are prompts, begun together."""
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, stop_token_ids=self.info.end_token_ids if stops else ())
+        requests = [Request(id=f"run-{next(self._ids)}", prompt_ids=tuple(ids), sampling=sampling) for ids in prompts]
+        tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+        first_at, last_at = dict[str, float](), dict[str, float]()
+        start = time.perf_counter()
+        for request in requests:
+            self.core.add(request)
+        while self.core.has_work:
+            deltas = self.core.step().deltas
+            now = time.perf_counter()
+            for delta in deltas:
+                if delta.num_cached_tokens:
+                    raise BenchmarkError(f"The prefix cache held {delta.num_cached_tokens} tokens of a timed prompt; prompts must be new.")
+                tokens[delta.request_id] += delta.token_ids
+                first_at.setdefault(delta.request_id, now)
+                last_at[delta.request_id] = now
+        return [Run(tuple(ids), last_at[name] - start, first_at[name] - start) for name, ids in tokens.items()]
+
+
+class TransformersProgram:
+    """transformers' own generate over the same weights, with its own attention. Greedy."""
+
+    def __init__(self, info: EngineInfo):
+        self._device = torch.device(info.device)
+        self._model: Any = load_model(Path(info.target_path), getattr(torch, info.dtype), self._device)
+        self._end_token_ids = list(info.end_token_ids)
+
+    def answer(self, prompt_ids: Sequence[int], num_tokens: int, stops: bool = True, prompt_lookup: int | None = None) -> Run:
+        """At most `num_tokens` tokens, exactly so many unless it `stops`; `prompt_lookup` is generate's prompt_lookup_num_tokens."""
+        # the model's own config would bring its end tokens back in, and its sampling
+        config = GenerationConfig(do_sample=False, eos_token_id=self._end_token_ids if stops else None, pad_token_id=0)
+        self._model.generation_config = config
+        options = {} if prompt_lookup is None else {"prompt_lookup_num_tokens": prompt_lookup}
+        start = time.perf_counter()
+        row = torch.tensor([list(prompt_ids)], device=self._device)
+        out = self._model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=num_tokens, **options)
+        token_ids = tuple(out[0, len(prompt_ids) :].tolist())
+        return Run(token_ids, time.perf_counter() - start)
+
+
+def variant(config: Path, changes: Mapping[str, Any]) -> EngineConfig:
+    """The engine's part of a deployment with some keys changed, such as `model.drafter`. Raises ConfigError or ValidationError."""
+    content = load_deployment(config, {}).engine_part.model_dump()
+    for key, value in ({"engine.kv_cache": KV_CACHE} | dict(changes)).items():
+        *path, last = key.split(".")
+        section = content
+        for part in path:
+            section = section[part]
+        section[last] = value
+    return EngineConfig.model_validate(content)
+
+
+def engine_program(config: EngineConfig) -> EngineProgram:
+    """Load an engine."""
+    return EngineProgram(build(config))

@@ -1,0 +1,170 @@
+"""`python -m benchmarks.speed`: the speed that this project holds itself to, one named bar each, measured against what it promises.
+
+Standard output gets one line, a JSON object; the table goes to standard error. Exit codes: 0 every measured bar is met, 1 one is missed,
+2 it could not be run as asked. A bar that cannot be measured here is skipped with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.environment import Environment, environment
+from benchmarks.errors import BenchmarkError
+from benchmarks.output import write
+from benchmarks.stats import Estimate
+from server.cli import one_line_errors
+
+if TYPE_CHECKING:
+    from benchmarks.bars import Measured, Setting
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "spec_bench_dev.jsonl"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is promised."""
+
+    what: str
+    bound: float
+    sense: Literal["at least", "at most"]
+    unit: str = "x"
+
+    @property
+    def text(self) -> str:
+        return f"{self.sense} {_number(self.bound, self.unit)}"
+
+    def is_met(self, value: float) -> bool:
+        return value >= self.bound if self.sense == "at least" else value <= self.bound
+
+
+BARS = {
+    "one-stream": Bar("one float32 stream, no drafts: tokens/s over transformers' generate", 1.4, "at least"),
+    "forward-window": Bar("a pass over 6 tokens over a pass over 1, 200 tokens into a sequence: time", 1.4, "at most"),
+    "ngram": Bar("one greedy stream with n-gram drafts, summaries and retrieval: tokens/s over no drafts", 1.5, "at least"),
+    "eight-streams": Bar("8 streams together over one after another, no drafts: tokens/s", 4.0, "at least"),
+    "prefill": Bar("a prompt of 1,500 tokens: transformers' time over ours", 1.2, "at least"),
+    "int8": Bar("one stream in int8 over float32, no drafts: tokens/s", 2.0, "at least"),
+    "start": Bar("cascade serve to ready, not the first start", 12.0, "at most", " s"),
+    "http-overhead": Bar("time per token of an HTTP client, less that of the engine stepped in a program", 2.0, "at most", " ms"),
+    "memory": Bar("resident memory of server and engine after 200 requests over that after 20", 1.05, "at most"),
+}
+
+
+class BarResult(msgspec.Struct, frozen=True):
+    """One bar, measured or skipped."""
+
+    name: str
+    what: str
+    bar: str
+    unit: str
+    value: Estimate | None
+    repetitions: tuple[float, ...]
+    detail: dict[str, Any]
+    is_met: bool | None
+    skipped: str | None
+
+    @property
+    def measured(self) -> str:
+        return "-" if self.value is None else f"{_number(self.value.median, self.unit)} ({self.value.low:.3g} to {self.value.high:.3g})"
+
+
+class SpeedReport(msgspec.Struct, frozen=True):
+    """What a run leaves behind."""
+
+    benchmark: str
+    headline: tuple[str, ...]
+    environment: Environment
+    target: dict[str, Any]
+    is_quick: bool
+    bars: tuple[BarResult, ...]
+
+
+def main() -> None:
+    """Entry point of the module."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `cascade` does; read when torch is loaded
+    typer.run(speed)
+
+
+def speed(
+    bar: Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"One of {', '.join(BARS)}; several times for several.")] = None,
+    config: Annotated[Path, typer.Option(metavar="FILE", help="The deployment whose models are used.")] = Path("configs/default.yaml"),
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Spec-Bench's questions, for the bar ngram.")] = DATA,
+    repetitions: Annotated[int, typer.Option(metavar="N", min=1, help="How often each prompt is measured.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Only show that it runs: few prompts, few tokens, once.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there as JSON.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+) -> None:
+    """Measure the speed bars: medians over prompts, with 95 % bootstrap intervals over prompts, and the range of the repetitions."""
+    console = Console(stderr=True)
+    with one_line_errors(debug):
+        names = bar or list(BARS)
+        if unknown := [name for name in names if name not in BARS]:
+            raise BenchmarkError(f"--bar {unknown[0]}: there is none of that name; there are {', '.join(BARS)}.")
+        from benchmarks.bars import Setting  # torch and transformers take seconds
+
+        setting = Setting(config, data, 1 if quick else repetitions, quick)
+        results = [_measure(name, setting, console) for name in names]
+        report = _report(results, config, quick)
+        console.print(_table(report))
+        if output is not None:
+            write(output, msgspec.to_builtins(report))
+    print(msgspec.json.encode(report).decode(), flush=True)
+    if any(result.is_met is False for result in results) and not quick:
+        raise typer.Exit(1)
+
+
+def _measure(name: str, setting: Setting, console: Console) -> BarResult:
+    from benchmarks.bars import MEASURES, BarSkipped
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:.0f} measured"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name)
+        try:
+            result = _result(name, MEASURES[name](replace(setting, tick=lambda: progress.advance(task))))
+        except BarSkipped as reason:
+            result = _result(name, None, str(reason))
+    console.print(f"{name}: {result.skipped or result.measured}, bar {result.bar}", markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
+def _result(name: str, measured: Measured | None, skipped: str | None = None) -> BarResult:
+    bar = BARS[name]
+    if measured is None:
+        return BarResult(name, bar.what, bar.text, bar.unit, None, (), {}, None, skipped)
+    is_met = bar.is_met(measured.value.median)
+    return BarResult(name, bar.what, bar.text, bar.unit, measured.value, measured.repetitions, dict(measured.detail), is_met, None)
+
+
+def _report(results: list[BarResult], config: Path, is_quick: bool) -> SpeedReport:
+    headline = tuple(
+        f"{result.name} {result.measured}, bar {result.bar}: {'met' if result.is_met else 'missed'}" for result in results if result.value
+    )
+    return SpeedReport("speed", headline, environment("python -m benchmarks.speed"), {"config": str(config)}, is_quick, tuple(results))
+
+
+def _table(report: SpeedReport) -> Table:
+    table = Table(title="Speed bars" + (" (quick: the figures mean little)" if report.is_quick else ""), title_justify="left")
+    for column in ("bar", "what", "wanted", "measured (95 % interval)", "repetitions", "met"):
+        table.add_column(column, overflow="fold")
+    for result in report.bars:
+        spread = f"{min(result.repetitions):.3g} to {max(result.repetitions):.3g}" if result.repetitions else "-"
+        met = "skipped" if result.is_met is None else "yes" if result.is_met else "NO"
+        table.add_row(result.name, result.what, result.bar, result.skipped or result.measured, spread, met)
+    return table
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:.3g}{unit}"
+
+
+if __name__ == "__main__":
+    main()
