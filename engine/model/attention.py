@@ -111,8 +111,9 @@ def _group(members: list[tuple[int, Segment]], window: int | None, block_size: i
     num_queries = max(segment.num_tokens for _, segment in members)
     num_keys = max(segment.end - segment.first_key(window) for _, segment in members)
     queries = np.zeros((len(members), num_queries), dtype=np.int64)
-    standing = np.zeros((len(members), num_queries), dtype=np.int64)  # of each query, counted from the row's first key;
-    slots = np.zeros((len(members), num_keys), dtype=np.int64)  # a padded query stands on that key, so that no row is empty
+    # of queries, counted from the first key of their row; a padded one stands on that key, so that it sees something
+    standing = np.zeros((len(members), num_queries), dtype=np.int64)
+    slots = np.zeros((len(members), num_keys), dtype=np.int64)
     places = []
     for row, (offset, segment) in enumerate(members):
         num, first = segment.num_tokens, segment.first_key(window)
