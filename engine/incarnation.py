@@ -122,9 +122,9 @@ def _listen(incarnation: str, resources: ExitStack) -> _Line:
         line.socket.set_hwm(0)  # nobody waits for the other side; what is under way is bounded by the open requests
         line.socket.bind(line.endpoint)
     except (OSError, zmq.ZMQError) as error:
-        raise ConfigError(
-            f"No socket for the engine can be made in {gettempdir()} ({error}). Set TMPDIR to a folder with a short path."
-        ) from error
+        reason = os.strerror(error.errno or 0)
+        advice = "Set TMPDIR to a writable folder with a short path."
+        raise ConfigError(f"The engine's socket cannot be made in {gettempdir()}: {reason}. {advice}") from error
     return line
 
 
