@@ -40,14 +40,14 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> FakeCore:
         if Path(mark).exists():
             raise SourceError("the weights are gone")
         Path(mark).touch()
-    return FakeCore(float(script.get("delay", 0)), int(script.get("fails_at", 0)), script.get("folder", ""))
+    return FakeCore(float(script.get("delay", 0)), int(script.get("fails_at", 0)))
 
 
 class FakeCore:
     """Emits 0, 1, 2, ... for up to two answers at a time, one token a step."""
 
-    def __init__(self, delay: float, fails_at: int, folder: str):
-        self.info: EngineInfo = make_info(folder, max_model_len=10**6, max_sequences=2)
+    def __init__(self, delay: float, fails_at: int):
+        self.info: EngineInfo = make_info(max_model_len=10**6, max_sequences=2)
         self._delay = delay
         self._fails_at = fails_at
         self._num_steps = 0
