@@ -235,7 +235,7 @@ def _transport_failure(error: httpx2.HTTPError, url: str) -> tuple[str, str]:
         return "timeout", f"{url} said nothing in time ({type(error).__name__}); --timeout waits longer"
     if isinstance(error, httpx2.ConnectError):
         return "no connection", f"{url} cannot be reached ({error}). Is the server running?"
-    return "broken connection", f"{url}: {error or type(error).__name__}"
+    return "broken connection", f"{url}: {str(error) or type(error).__name__}"
 
 
 def _error_text(content: bytes) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ class Answer:
     @property
     def gaps(self) -> list[float]:
         """Between deliveries; their mean is not the TPOT, since a delivery may hold several tokens."""
-        return [after - before for before, after in zip(self.delivered_at, self.delivered_at[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(self.delivered_at)]
 
 
 @dataclass(frozen=True)

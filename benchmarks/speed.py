@@ -26,6 +26,8 @@ from server.cli import one_line_errors
 if TYPE_CHECKING:
     from benchmarks.bars import Measured, Setting
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
 DATA = Path(__file__).parents[2] / "shared" / "data" / "spec_bench_dev.jsonl"
 
 
@@ -91,9 +93,10 @@ class SpeedReport(msgspec.Struct, frozen=True):
 def main() -> None:
     """Entry point of the module."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `cascade` does; read when torch is loaded
-    typer.run(speed)
+    app()
 
 
+@app.command()
 def speed(
     bar: Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"One of {', '.join(BARS)}; several times for several.")] = None,
     config: Annotated[Path, typer.Option(metavar="FILE", help="The deployment whose models are used.")] = Path("configs/default.yaml"),

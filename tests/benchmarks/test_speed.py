@@ -1,0 +1,110 @@
+"""Speed bars on a tiny model: that they run, compare what they say, and skip with a reason. Their figures mean nothing here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import bars, programs
+from benchmarks.bars import MEASURES, SUMMARIES_AND_RETRIEVAL, BarSkipped, Setting
+from benchmarks.errors import BenchmarkError
+from benchmarks.prompts import of_text
+from benchmarks.served import serve
+from benchmarks.speed import BARS, Bar, app
+
+
+@pytest.fixture
+def setting(tiny_config: Path, tmp_path: Path) -> Setting:
+    return Setting(tiny_config, tmp_path / "absent.jsonl", repetitions=1, is_quick=True)
+
+
+def test_every_bar_has_a_measure() -> None:
+    assert list(BARS) == list(MEASURES)
+
+
+def test_a_bar_is_met_on_its_good_side() -> None:
+    at_least, at_most = Bar("", 2.0, "at least"), Bar("", 2.0, "at most")
+    assert [at_least.is_met(value) for value in (1.9, 2.0, 2.1)] == [False, True, True]
+    assert [at_most.is_met(value) for value in (1.9, 2.0, 2.1)] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["one-stream", "prefill"])
+def test_greedy_answers_equal_those_of_generate(name: str, setting: Setting) -> None:
+    measured = MEASURES[name](setting)
+    assert measured.detail["equal_answers"] == measured.detail["answers"] == 2
+    assert measured.value.median > 0
+
+
+def test_streams_and_windows_are_measured(setting: Setting) -> None:
+    assert MEASURES["eight-streams"](setting).detail["tokens_per_second"] > 0
+    window = MEASURES["forward-window"](setting)
+    assert window.value.median == pytest.approx(window.detail["ms_of_6"] / window.detail["ms_of_1"], rel=1.0)
+
+
+def test_drafts_change_no_text_and_absent_questions_skip_the_bar(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(BarSkipped, match=r"absent\.jsonl is not there; --data names"):
+        MEASURES["ngram"](setting)
+    questions = tmp_path / "absent.jsonl"
+    lines = [{"question_id": number, "turns": [f"the the the {number}"]} for number in SUMMARIES_AND_RETRIEVAL]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    measured = MEASURES["ngram"](setting)
+    assert measured.detail["ids"] == [245, 501]
+    assert measured.detail["equal_answers"] == measured.detail["answers"]
+    questions.write_text(json.dumps(lines[0]))
+    with pytest.raises(BenchmarkError, match="lacks the questions 251"):
+        MEASURES["ngram"](setting)
+
+
+def test_a_figure_that_the_prefix_cache_had_a_part_in_is_refused(setting: Setting) -> None:
+    engine = programs.engine_program(setting.engine(bars.NO_DRAFTER))
+    encoder = programs.PromptEncoder(engine.info.target_path)
+    prompt = of_text("the quick brown fox jumps over the lazy dog")
+    first, second = encoder.new(prompt), encoder.new(prompt)
+    engine.answer(first, 2)
+    engine.answer(second, 2)
+    with pytest.raises(BenchmarkError, match="prefix cache held"):
+        engine.answer(first, 2)
+
+
+def test_stopping_is_chosen(setting: Setting) -> None:
+    """Without stops an answer has exactly as many tokens as were asked for."""
+    engine = programs.engine_program(setting.engine(bars.NO_DRAFTER))
+    run = engine.answer(tuple(range(3, 20)), 9, stops=False)
+    assert len(run.token_ids) == 9
+    assert run.first_seconds is not None
+    assert run.seconds_per_token == pytest.approx((run.seconds - run.first_seconds) / 8)
+
+
+def test_a_server_is_started_looked_at_and_ended(setting: Setting) -> None:
+    measured = MEASURES["memory"](setting)
+    assert measured.detail["resident_bytes"][0] > 10 << 20
+    assert 0.5 < measured.value.median < 2
+
+
+def test_a_server_that_cannot_start_is_one_line_with_its_last_words(setting: Setting) -> None:
+    config = setting.engine({"model.target": {"source": "/nowhere"}})
+    with pytest.raises(BenchmarkError, match=r"did not become ready \(exit code 2\): .*/nowhere"), serve(config):
+        pass
+
+
+def test_the_command_prints_json_last_and_writes_the_same(tiny_config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    arguments = ["--quick", "--bar", "ngram", "--bar", "eight-streams", "--config", str(tiny_config), "--output", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--data", str(tmp_path / "no")])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report == json.loads(out.read_text())
+    skipped, measured = report["bars"]
+    assert (skipped["value"], skipped["is_met"]) == (None, None)
+    assert "no is not there" in skipped["skipped"]
+    assert measured["value"]["median"] > 0
+    assert len(report["headline"]) == 1
+
+
+def test_an_unknown_bar_is_one_line() -> None:
+    result = CliRunner().invoke(app, ["--bar", "high"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("Error: --bar high: there is none of that name; there are one-stream")
