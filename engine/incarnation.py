@@ -22,6 +22,7 @@ from engine.errors import ConfigError
 from engine.wire import Command, Hello, Report, decode_report, encode
 
 STACK_SECONDS = 0.5  # for a process that hangs to write its stacks to standard error
+ARRIVAL_SECONDS = 0.05  # for what a process had sent before it ended
 
 
 class Incarnation:
@@ -73,8 +74,10 @@ class Incarnation:
             return frame
 
     async def exited(self) -> str:
-        """Wait for the process to end by itself. Says how, as in "was killed by SIGKILL"."""
-        return _how(await self._process.wait())
+        """Wait for the process to end by itself, and for its last frames to arrive. Says how, as in "ended with exit status 1"."""
+        status = await self._process.wait()
+        await asyncio.sleep(ARRIVAL_SECONDS)
+        return _how(status)
 
     async def kill(self) -> None:
         """End a process that hangs; it says first where it stands, if it can."""

@@ -100,7 +100,7 @@ class Failed(Frame, frozen=True, tag=True):
 Command = Start | Add | Abort
 Report = Hello | Progress | Loaded | Stepped | Heartbeat | Failed
 
-_encoder = msgspec.msgpack.Encoder()
+_encoder = msgspec.msgpack.Encoder(enc_hook=str)  # an error's attribute of a class of its own, such as a path, arrives as its text
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from collections.abc import Callable
@@ -40,16 +41,17 @@ def build(config: EngineConfig, progress: Callable[[str], None]) -> FakeCore:
         if Path(mark).exists():
             raise SourceError("the weights are gone")
         Path(mark).touch()
-    return FakeCore(float(script.get("delay", 0)), int(script.get("fails_at", 0)))
+    return FakeCore(float(script.get("delay", 0)), int(script.get("fails_at", 0)), int(script.get("sticks_at", 0)))
 
 
 class FakeCore:
     """Emits 0, 1, 2, ... for up to two answers at a time, one token a step."""
 
-    def __init__(self, delay: float, fails_at: int):
+    def __init__(self, delay: float, fails_at: int, sticks_at: int):
         self.info: EngineInfo = make_info(max_model_len=10**6, max_sequences=2)
         self._delay = delay
         self._fails_at = fails_at
+        self._sticks_at = sticks_at
         self._num_steps = 0
         self._open: dict[tuple[str, int], Request] = {}
         self._emitted: dict[tuple[str, int], int] = {}
@@ -69,6 +71,8 @@ class FakeCore:
         self._num_steps += 1
         if self._num_steps == self._fails_at:
             raise RuntimeError("boom")
+        while self._num_steps == self._sticks_at:
+            ctypes.PyDLL(None).sleep(600)  # with the interpreter lock
         time.sleep(self._delay)
         deltas = [self._emit(key, request) for key, request in list(self._open.items())[: self.info.max_sequences]]
         return StepOutput(deltas=tuple(deltas), stats=self._stats())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -242,6 +243,15 @@ async def test_an_engine_that_hangs_is_killed_and_comes_back() -> None:
         assert await tokens_of(client.submit(make_request())) == [0, 1, 2, 3]
 
 
+async def test_a_step_that_never_ends_is_killed_and_says_where_it_stood(capfd: pytest.CaptureFixture[str]) -> None:
+    async with started(Supervision(heartbeat_seconds=0.05, hang_seconds=0.6, backoff_seconds=0.01), sticks_at=2) as client:
+        stuck, stream = child_of(client), client.submit(make_request())
+        with pytest.raises(EngineDead, match="hung"):
+            await tokens_of(stream)
+        await until(lambda: not stuck.is_running())
+    assert re.search(r'fake.py", line \d+ in step', capfd.readouterr().err)
+
+
 async def test_a_step_ten_times_as_long_as_the_longest_is_no_hang() -> None:
     async with started(Supervision(heartbeat_seconds=0.05, hang_seconds=0.2, hang_steps=10), delay=0.4) as client:
         client._longest_step = 0.4  # as after a first step
@@ -371,7 +381,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize(("script", "line"), [("loads=600", "Loading the fake"), ("delay=0.01", "stepping")])
+@pytest.mark.parametrize(("script", "line"), [("loads=600", "Loading the fake"), ("delay=0.01", "stepping"), ("sticks_at=2", "stepping")])
 def test_the_engine_ends_with_its_parent(script: str, line: str) -> None:
     """Killed, so that nothing of the parent runs any more: while the engine loads, between steps, and in a step that keeps the lock."""
     code = PARENT.replace("{script}", script)
@@ -380,6 +390,7 @@ def test_the_engine_ends_with_its_parent(script: str, line: str) -> None:
         assert parent.stdout is not None
         while parent.stdout.readline().strip() != line:
             pass
+        time.sleep(0.2)  # the second step has begun
         (child,) = psutil.Process(parent.pid).children()
         parent.kill()
     _, alive = psutil.wait_procs([child], timeout=5)

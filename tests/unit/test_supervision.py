@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -124,6 +126,11 @@ def test_an_error_of_another_module_travels_as_the_nearest_known_class() -> None
 
     again = Failed.of("i", Gone("no weights")).error()
     assert (type(again), str(again)) == (SourceError, "no weights")
+    gone = Gone("no weights")
+    gone.path = Path("/models")  # type: ignore[attr-defined]
+    frame = decode_report(encode(Failed.of("i", gone)))
+    assert isinstance(frame, Failed)
+    assert vars(frame.error()) == {"path": "/models"}
     odd = Failed(incarnation="i", kind="annotations", message="?", attributes={}).error()
     assert isinstance(odd, EngineDead)
 
