@@ -111,6 +111,8 @@ async def test_an_engine_error_reaches_open_streams_and_later_calls() -> None:
     async with started(ScriptedCore(fail_at=3)) as client:
         stream = client.submit(make_request(max_tokens=10))
         got: list[int] = []
+        losses: list[bool] = []
+        client.on_loss(losses.append)
 
         async def read() -> None:
             async for batch in stream:
@@ -120,6 +122,7 @@ async def test_an_engine_error_reaches_open_streams_and_later_calls() -> None:
             await read()
         assert got == [0, 1], "what was made before is not lost"
         assert not client.health.is_alive
+        assert losses == [False], "and nobody starts it again"
         with pytest.raises(EngineDead, match="boom"):
             client.submit(make_request(id="next"))
         depths = []
