@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from benchmarks.body import BodyMaker
+from benchmarks.client import PATHS, HttpTarget, base_url_of, open_client
 from benchmarks.errors import BenchmarkError, RequestFailed
-from benchmarks.http import PATHS, HttpTarget, base_url_of, open_client
 from benchmarks.load import closed_loop, run_load
 from benchmarks.programs import EngineProgram, PromptEncoder, Run, TransformersProgram, engine_program, variant
 from benchmarks.prompts import BUILT_IN, Prompt, random_words, read, shuffled
@@ -192,7 +192,7 @@ def start(setting: Setting) -> Measured:
 def http_overhead(setting: Setting) -> Measured:
     """Milliseconds a token that a client of a server waits longer than a program that steps the same engine itself. One stream."""
     config = setting.engine(NO_DRAFTER)
-    program, prompts, num_tokens = engine_program(config), _built_in(setting.size(6, 2)), setting.size(128, 8)
+    program, prompts, num_tokens = engine_program(config), _built_in(setting.size(12, 2)), setting.size(64, 8)
     encoder = PromptEncoder(program.info.target_path)
 
     def stepped(prompt: Prompt) -> float:

@@ -7,8 +7,8 @@ failed, 2 it could not be run as asked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,17 +17,16 @@ import httpx2
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import options
 from benchmarks.body import BodyMaker
+from benchmarks.client import PATHS, HttpTarget, base_url_of, open_client, served_models
 from benchmarks.environment import Environment, environment
 from benchmarks.errors import BenchmarkError, RequestFailed
 from benchmarks.figures import Figures, Goal, answers_of, figures_of, parse_goal
-from benchmarks.http import PATHS, HttpTarget, base_url_of, open_client, served_models
 from benchmarks.load import LoadResult, Outcome, Target, run_load
 from benchmarks.options import LoadOptions, PromptOptions, extra_fields, require_askable
-from benchmarks.output import write
+from benchmarks.output import progress_bar, write
 from benchmarks.prompts import Prompt, random_words
 from benchmarks.table import category_table, latency_table, totals_table
 
@@ -72,7 +71,7 @@ class Report(msgspec.Struct, frozen=True):
 
 @app.command()
 def bench(
-    url: Annotated[str | None, typer.Option(metavar="URL", help=f"A server with OpenAI's API. Default: {DEFAULT_URL}.")] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help=f"A server; a bare host gets /v1. Default: {DEFAULT_URL}.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="Instead of a server: load this deployment here; no HTTP.")] = None,
     model: Annotated[str | None, typer.Option(metavar="ID", help="Default: the first of /v1/models, or the deployment's name.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", metavar="KEY", show_envvar=True)] = None,
@@ -142,8 +141,8 @@ async def warm_up(target: Target, count: int) -> None:
 
 async def send(target: Target, asked: Sequence[Prompt], load: LoadOptions, console: Console) -> LoadResult:
     """Run a load under a progress bar, where somebody can see it."""
-    with _progress_bar(console, len(asked)) as advance:
-        return await run_load(target, asked, load.plan(len(asked)), advance)
+    with progress_bar(console, "Requests", len(asked)) as advance:
+        return await run_load(target, asked, load.plan(len(asked)), lambda outcome: advance())
 
 
 def finish(report: Report, outcomes: Sequence[Outcome], output: Path | None) -> None:
@@ -203,15 +202,6 @@ async def _engine(config: Path, maker: BodyMaker, console: Console) -> AsyncIter
 
 
 # ---------------------------------------------------------------------- what is said
-@contextmanager
-def _progress_bar(console: Console, total: int) -> Iterator[Callable[[Outcome], None]]:
-    """Gives what is to be called for every request that is over."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Requests", total=total)
-        yield lambda outcome: progress.advance(task)
-
-
 def _print_tables(report: Report, console: Console) -> None:
     figures, about = report.figures, report.target
     place = about.get("url") or about["config"]

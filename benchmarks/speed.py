@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks.environment import Environment, environment
 from benchmarks.errors import BenchmarkError
-from benchmarks.output import write
+from benchmarks.output import progress_bar, write
 from benchmarks.stats import Estimate
 from server.cli import one_line_errors
 
@@ -67,6 +66,7 @@ class BarResult(msgspec.Struct, frozen=True):
     name: str
     what: str
     bar: str
+    bound: float
     unit: str
     value: Estimate | None
     repetitions: tuple[float, ...]
@@ -128,11 +128,9 @@ def speed(
 def _measure(name: str, setting: Setting, console: Console) -> BarResult:
     from benchmarks.bars import MEASURES, BarSkipped
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:.0f} measured"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name)
+    with progress_bar(console, name, total=None) as tick:
         try:
-            result = _result(name, MEASURES[name](replace(setting, tick=lambda: progress.advance(task))))
+            result = _result(name, MEASURES[name](replace(setting, tick=tick)))
         except BarSkipped as reason:
             result = _result(name, None, str(reason))
     console.print(f"{name}: {result.skipped or result.measured}, bar {result.bar}", markup=False, highlight=False, soft_wrap=True)
@@ -141,10 +139,18 @@ def _measure(name: str, setting: Setting, console: Console) -> BarResult:
 
 def _result(name: str, measured: Measured | None, skipped: str | None = None) -> BarResult:
     bar = BARS[name]
-    if measured is None:
-        return BarResult(name, bar.what, bar.text, bar.unit, None, (), {}, None, skipped)
-    is_met = bar.is_met(measured.value.median)
-    return BarResult(name, bar.what, bar.text, bar.unit, measured.value, measured.repetitions, dict(measured.detail), is_met, None)
+    return BarResult(
+        name=name,
+        what=bar.what,
+        bar=bar.text,
+        bound=bar.bound,
+        unit=bar.unit,
+        value=measured.value if measured else None,
+        repetitions=measured.repetitions if measured else (),
+        detail=dict(measured.detail) if measured else {},
+        is_met=bar.is_met(measured.value.median) if measured else None,
+        skipped=skipped,
+    )
 
 
 def _report(results: list[BarResult], config: Path, is_quick: bool) -> SpeedReport:

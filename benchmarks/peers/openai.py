@@ -21,10 +21,10 @@ from rich.table import Table
 
 from benchmarks import options
 from benchmarks.body import BodyMaker
+from benchmarks.client import HttpTarget, base_url_of, open_client
 from benchmarks.environment import Environment, environment
 from benchmarks.errors import BenchmarkError
 from benchmarks.figures import Figures, figures_of
-from benchmarks.http import HttpTarget, base_url_of, open_client
 from benchmarks.load import Answer, LoadResult
 from benchmarks.options import LoadOptions, PromptOptions, extra_fields, require_askable
 from benchmarks.output import write

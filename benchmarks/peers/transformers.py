@@ -21,7 +21,7 @@ from rich.table import Table
 from benchmarks import options
 from benchmarks.environment import Environment, environment
 from benchmarks.options import PromptOptions
-from benchmarks.output import write
+from benchmarks.output import progress_bar, write
 from benchmarks.prompts import Prompt
 from benchmarks.stats import Estimate
 from benchmarks.turns import Rows, Sides, Turns, compare, in_turns
@@ -77,6 +77,10 @@ class Work:
     prefill_tokens: int
     repetitions: int
 
+    @property
+    def num_prefills(self) -> int:
+        return min(4, len(self.prompts))
+
 
 def main() -> None:
     """Entry point of the module."""
@@ -89,7 +93,7 @@ def run(
     config: Annotated[Path, typer.Option(metavar="FILE", help="The deployment.")] = Path("configs/default.yaml"),
     prompts: options.Prompts = None,
     category: options.Category = None,
-    num_requests: options.NumRequests = None,
+    num_requests: Annotated[int, typer.Option(metavar="N", min=1, help="How many prompts.")] = 8,
     max_tokens: options.MaxTokens = 128,
     prompt_lookup: Annotated[int, typer.Option(metavar="N", min=1, help="generate's prompt_lookup_num_tokens.")] = 4,
     prefill_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Length of the prompts of the prefill part.")] = 1000,
@@ -114,9 +118,9 @@ def measure(config: Path, work: Work, console: Console) -> TransformersReport:
 
     engine = engine_program(variant(config, {}))
     theirs = TransformersProgram(engine.info)
-    with console.status("Measuring"):
-        decoding = _decoding(engine, theirs, work)
-        prefill = _prefill(engine, theirs, work)
+    with progress_bar(console, "Prompts", (len(work.prompts) + work.num_prefills) * work.repetitions) as tick:
+        decoding = _decoding(engine, theirs, work, tick)
+        prefill = _prefill(engine, theirs, work, tick)
     return TransformersReport(
         benchmark="peers.transformers",
         headline=_headline(decoding, prefill),
@@ -128,7 +132,7 @@ def measure(config: Path, work: Work, console: Console) -> TransformersReport:
     )
 
 
-def _decoding(engine: EngineProgram, theirs: TransformersProgram, work: Work) -> tuple[PeerFigures, ...]:
+def _decoding(engine: EngineProgram, theirs: TransformersProgram, work: Work, tick: Callable[[], None]) -> tuple[PeerFigures, ...]:
     from benchmarks.programs import PromptEncoder
 
     encoder, num_tokens = PromptEncoder(engine.info.target_path), work.max_tokens
@@ -138,7 +142,7 @@ def _decoding(engine: EngineProgram, theirs: TransformersProgram, work: Work) ->
         f"{LOOKUP} {work.prompt_lookup}": lambda ids: theirs.answer(ids, num_tokens, prompt_lookup=work.prompt_lookup),
     }
     sides = Sides(lambda i: encoder.new(work.prompts[i]), list(ways.values()))
-    rows = in_turns(sides, Turns(len(work.prompts), work.repetitions, lambda: None))
+    rows = in_turns(sides, Turns(len(work.prompts), work.repetitions, tick))
     return tuple(_figures(rows, side, name) for side, name in enumerate(ways))
 
 
@@ -155,12 +159,12 @@ def _figures(rows: Rows[Run], side: int, name: str) -> PeerFigures:
     )
 
 
-def _prefill(engine: EngineProgram, theirs: TransformersProgram, work: Work) -> PrefillFigures:
+def _prefill(engine: EngineProgram, theirs: TransformersProgram, work: Work, tick: Callable[[], None]) -> PrefillFigures:
     from benchmarks.programs import PromptEncoder
 
     encoder = PromptEncoder(engine.info.target_path)
     sides = Sides(lambda _: encoder.words(work.prefill_tokens), [lambda ids: engine.answer(ids, 1), lambda ids: theirs.answer(ids, 1)])
-    rows = in_turns(sides, Turns(min(4, len(work.prompts)), work.repetitions, lambda: None))
+    rows = in_turns(sides, Turns(work.num_prefills, work.repetitions, tick))
     pairs = [row for repetition in rows for row in repetition]
     return PrefillFigures(
         prompt_tokens=work.prefill_tokens,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.client import EventLines, StreamReader, base_url_of
 from benchmarks.errors import RequestFailed
-from benchmarks.http import EventLines, StreamReader
 from engine.request import Round
 from server.cli import app
 from tests.benchmarks.conftest import fake_server
@@ -252,6 +252,19 @@ def test_a_stream_may_be_cut_anywhere(size: int) -> None:
     answer = reader.answer()
     assert (answer.text, answer.finish_reason, answer.num_output_tokens) == ("ab", "length", 2)
     assert len(answer.delivered_at) == (1 if size == 1000 else 2)  # what arrives together is one delivery
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("http://h:1", "http://h:1/v1"),
+        ("http://h:1/", "http://h:1/v1"),
+        ("http://h/v1/", "http://h/v1"),
+        ("https://h/api/v3", "https://h/api/v3"),
+    ],
+)
+def test_a_bare_host_gets_v1_and_other_addresses_stay(url: str, base: str) -> None:
+    assert base_url_of(url) == base
 
 
 def test_lines_without_an_end_wait() -> None:

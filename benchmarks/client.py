@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import httpx2
 import msgspec
@@ -214,11 +215,10 @@ async def open_client(api_key: str | None, timeout: float) -> AsyncIterator[http
 
 
 def base_url_of(url: str) -> str:
-    """With /v1 behind it, whether it was given or not. Raises BenchmarkError."""
+    """As an SDK takes it; a bare host gets /v1. Raises BenchmarkError."""
     if not url.startswith(("http://", "https://")):
         raise BenchmarkError(f"{url}: an address begins with http:// or https://.")
-    stripped = url.rstrip("/")
-    return stripped if stripped.endswith("/v1") else f"{stripped}/v1"
+    return url.rstrip("/") if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
 async def _require_stream(response: httpx2.Response) -> None:
