@@ -26,6 +26,7 @@ from engine.supervision import Supervision
 from engine.wire import Add, Loaded, encode
 from tests.fakes import make_info
 from tests.process.fake import FACTORY, POISON, make_config
+from tests.process.processes import engines, folders
 from tests.server.conftest import until
 from tests.unit.factories import make_request
 
@@ -63,10 +64,6 @@ async def tokens_of(stream: Stream) -> list[int]:
 
 async def back(client: ProcessClient) -> None:
     await until(lambda: client.health.is_ready, seconds=20)
-
-
-def folders() -> list[str]:
-    return [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("cascade-engine-")]
 
 
 # ---------------------------------------------------------------------- while all is well
@@ -160,7 +157,7 @@ async def test_a_process_that_is_killed_while_it_loads() -> None:
     client = loading(said, loads=60)
     start = asyncio.ensure_future(client.start())
     await until(lambda: said)
-    (child,) = psutil.Process().children()
+    (child,) = engines()
     child.kill()
     with pytest.raises(EngineDead, match=r"process was killed by signal 9 \(Killed; .* while it loaded the model"):
         await start
@@ -177,7 +174,7 @@ async def test_closing_does_not_wait_for_loading() -> None:
     assert time.monotonic() - began < 1.5
     with pytest.raises(EngineDead, match="closed"):
         await start
-    assert not psutil.Process().children()
+    assert not engines()
 
 
 async def test_a_socket_that_cannot_be_made_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -319,7 +316,7 @@ async def test_closing_fails_open_streams_and_leaves_nothing() -> None:
     with pytest.raises(EngineDead, match="closed"):
         await tokens_of(stream)
     assert not child.is_running()
-    assert not psutil.Process().children()
+    assert not engines()
     assert not folders()
 
 
@@ -355,7 +352,7 @@ async def test_twenty_restarts_leave_nothing_behind() -> None:
             await back(client)
             gc.collect()
             counts.append((process.num_fds(), process.num_threads(), process.memory_info().rss))
-        assert len(process.children()) == 1
+        assert len(engines()) == 1
         assert counts[-1][:2] == counts[1][:2]
         assert counts[-1][2] - counts[4][2] < 8 << 20
         assert len(asyncio.all_tasks()) <= 6
@@ -391,7 +388,7 @@ def test_the_engine_ends_with_its_parent(script: str, line: str) -> None:
         while parent.stdout.readline().strip() != line:
             pass
         time.sleep(0.2)  # the second step has begun
-        (child,) = psutil.Process(parent.pid).children()
+        (child,) = engines(parent.pid)
         parent.kill()
     _, alive = psutil.wait_procs([child], timeout=5)
     for process in alive:

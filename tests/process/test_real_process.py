@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from engine.client import EngineClient, ThreadClient
 from engine.errors import EngineDead
@@ -16,6 +15,7 @@ from engine.process import ProcessClient
 from engine.request import Request, SamplingParams
 from engine.supervision import Supervision
 from tests.process.fake import make_config
+from tests.process.processes import engines
 from tests.process.real import FACTORY
 from tests.server.conftest import until
 from tests.tiny import Setup, make_core
@@ -44,7 +44,7 @@ async def test_the_same_tokens_as_in_a_thread_and_after_a_restart() -> None:
         assert await answers_of(in_process) == expected
         assert msgspec.structs.replace(in_process.info, incarnation="") == msgspec.structs.replace(in_thread.info, incarnation="")
         long = in_process.submit(msgspec.structs.replace(REQUESTS[0], sampling=SamplingParams(max_tokens=59)))
-        (child,) = psutil.Process().children()
+        (child,) = engines()
         child.kill()
         try:
             async for _ in long:

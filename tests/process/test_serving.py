@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from engine.process import ProcessClient
 from engine.supervision import Supervision
 from server.app import create_app
 from tests.process.fake import FACTORY, POISON, make_config
+from tests.process.processes import engines, folders
 from tests.server.conftest import chunks_of, events_of, listen, make_deployment, until
 
 ROOT = Path(__file__).parents[2]
@@ -168,7 +167,7 @@ def program(until_line: str, **script: object) -> Iterator[Program]:
             assert process.stdout is not None
             while not (line := process.stdout.readline()).startswith(until_line):
                 assert line, "it ended too soon"
-            (engine,) = psutil.Process(process.pid).children()
+            (engine,) = engines(process.pid)
             yield Program(process, engine, line)
         finally:
             process.kill()
@@ -221,4 +220,4 @@ def test_a_signal_while_loading_ends_both() -> None:
         it.process.send_signal(signal.SIGTERM)
         assert it.rest() == ["Stopped while loading"]
         assert it.process.returncode == 0
-    assert not [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("cascade-engine-")]
+    assert not folders()
