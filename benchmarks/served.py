@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import yaml
 
 from benchmarks.errors import BenchmarkError
 from engine.config import EngineConfig
-from server.settings import Deployment
+from server.settings import ENV_PREFIX, OTHER_VARIABLES, Deployment
 
 STARTING_SECONDS = 300.0
 ENDING_SECONDS = 60.0
@@ -51,7 +52,7 @@ def serve(config: EngineConfig) -> Iterator[ServedDeployment]:
         file = Path(folder) / "deployment.yaml"
         file.write_text(yaml.safe_dump(deployment.model_dump(mode="json")), "utf-8")
         start = time.perf_counter()
-        process = subprocess.Popen([_program(), "serve", str(file)], stdout=words, stderr=words)
+        process = subprocess.Popen([_program(), "serve", str(file)], stdout=words, stderr=words, env=_environment())
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, url, Path(words.name))
@@ -67,6 +68,11 @@ def _program() -> str:
             f"{program} is not there: install this project into the environment that runs the benchmark (pip install -e .)."
         )
     return str(program)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without the variables that would win over the deployment file."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX) or name in OTHER_VARIABLES}
 
 
 def _free_port() -> int:
