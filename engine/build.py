@@ -28,7 +28,7 @@ from engine.draft.model import ModelDrafter
 from engine.draft.ngram import NGramDrafter, NoDrafter
 from engine.errors import ConfigError
 from engine.kv.block_pool import BlockPool
-from engine.model.attention import IMPLEMENTATION
+from engine.model.linear import choose
 from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
 from engine.model.memory import available_bytes
 from engine.model.paged import PagedModel, kv_bytes_per_token
@@ -200,8 +200,10 @@ def _refuse_early(source: ModelSource) -> None:
 
 def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, progress: Progress) -> Member:
     config, device = read_config(path), resolve_device(runtime.device)
-    model = load(path, resolve_dtype(source.dtype, device, config), device, IMPLEMENTATION, progress)
-    return Member(DecoderStack(model), context_length(config), path, end_token_ids(path))
+    dtype = resolve_dtype(source.dtype, device, config)
+    kind = choose(source.quantization, dtype, device)
+    progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}, {kind.note}")
+    return Member(DecoderStack(load(path, dtype, device), kind), context_length(config), path, end_token_ids(path))
 
 
 def _warm_up(core: EngineCore) -> None:

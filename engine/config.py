@@ -16,6 +16,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Quantization = Literal["none", "int8"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 
@@ -25,7 +26,7 @@ class ModelSource(Section):
     source: str = Field(min_length=1, description="hub id, folder, .gguf file, or package:MODULE/FILE")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Dtype = Field("auto", description="auto: the checkpoint's own on a GPU, float32 on a CPU")
-    quantization: Literal["none"] = "none"
+    quantization: Quantization = Field("none", description="int8: weights of 8 bits, on a CPU")
 
 
 class NoDrafterConfig(Section):

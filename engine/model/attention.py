@@ -4,8 +4,6 @@ All sequences of a step are packed into one row [1, N]. A Segment says which pos
 holds; queries of a segment see the earlier positions of their own sequence, in a sliding layer the last `window` of them, and nothing
 else. Segments of similar size share one call: both sides are padded to the largest of their power-of-two class, so padding at most
 doubles the work. A sliding layer gathers the keys that its window reaches and no others; nothing is freed behind a window.
-
-The function is registered with transformers' AttentionInterface and receives the PagedContext as a keyword through the layers.
 """
 
 from __future__ import annotations
@@ -14,18 +12,14 @@ from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from engine.kv.cache import KVCache
-
-IMPLEMENTATION = "cascade_paged"
 
 Ints = NDArray[np.int64]
 
@@ -53,9 +47,9 @@ class _Group:
 
     queries: Tensor  # [G, n] index in the packed row; padded with 0
     slots: Tensor  # [G, L] of keys and values; padded with the sequence's own first
-    mask: Tensor  # [G, 1, n, L] 0 where a query sees a key, else -inf
+    mask: Tensor | None  # [G, 1, n, L] 0 where a query sees a key, else -inf; None where all see all
     rows: Tensor  # [M] the M queries that are not padding: their index in the packed row ...
-    places: Tensor  # [M] ... and in the flattened [G * n]
+    places: Tensor | None  # [M] ... and in the flattened [G * n]; None where nothing is padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +57,30 @@ class PagedContext:
     """Where the packed row's tokens stand; made once a pass, the same for all layers."""
 
     cache: KVCache
-    positions: Tensor  # [N]
-    slots: Tensor  # [N] where the row's keys and values go
+    positions: Tensor  # [N]; of rows that only fill the packed row up, 0
+    slots: Tensor  # [M] where the keys and values of the first M rows go; the others are padding
     groups: Mapping[int | None, tuple[_Group, ...]]  # by the layer's window
 
 
-def paged_context(segments: ListLike[Segment], block_size: int, cache: KVCache, windows: ListLike[int | None] = (None,)) -> PagedContext:
-    """Index tensors for a packed row that holds `segments` one after another.
+def paged_context(
+    segments: ListLike[Segment], block_size: int, cache: KVCache, windows: ListLike[int | None] = (None,), num_rows: int = 0
+) -> PagedContext:
+    """Index tensors for a packed row that holds `segments` one after another, filled up to `num_rows`.
 
     `windows` are the distinct ones of the layers that will run: how many positions a query sees, its own included; None for all.
     """
-    device = cache.keys[0].device
+    store = cache.layers[0]
     runs = [np.arange(segment.start, segment.end) for segment in segments]
     longest = max(segment.end for segment in segments)
     reach = {window: window if window is not None and window < longest else None for window in windows}
-    groups = {window: _groups(segments, window, block_size, cache.keys[0]) for window in set(reach.values())}
+    groups = {window: _groups(segments, window, block_size, store) for window in set(reach.values())}
+    slots = np.concatenate([_slots(segment, run, block_size) for segment, run in zip(segments, runs, strict=True)])
+    positions = np.zeros(max(num_rows, len(slots)), dtype=np.int64)
+    positions[: len(slots)] = np.concatenate(runs)
     return PagedContext(
         cache=cache,
-        positions=_tensor(np.concatenate(runs), device),
-        slots=_tensor(np.concatenate([_slots(segment, run, block_size) for segment, run in zip(segments, runs, strict=True)]), device),
+        positions=_tensor(positions, store.device),
+        slots=_tensor(slots, store.device),
         groups={window: groups[reached] for window, reached in reach.items()},
     )
 
@@ -124,49 +123,45 @@ def _group(members: list[tuple[int, Segment]], window: int | None, block_size: i
         slots[row, len(own) :] = own[0]  # a stranger's slot could hold an infinity, which a mask does not stop
         places.append(np.arange(row * num_queries, row * num_queries + num))
     hidden = is_hidden(standing[:, None, :, None], np.arange(num_keys), window)
-    mask = torch.zeros(hidden.shape, dtype=store.dtype, device=store.device)
-    mask.masked_fill_(torch.from_numpy(hidden).to(store.device), -torch.inf)
     place = np.concatenate(places)
     return _Group(
         queries=_tensor(queries, store.device),
         slots=_tensor(slots, store.device),
-        mask=mask,
+        mask=_mask(hidden, store) if hidden.any() else None,
         rows=_tensor(queries.reshape(-1)[place], store.device),
-        places=_tensor(place, store.device),
+        places=_tensor(place, store.device) if len(place) < queries.size else None,
     )
+
+
+def _mask(hidden: NDArray[np.bool_], store: Tensor) -> Tensor:
+    mask = torch.zeros(hidden.shape, dtype=store.dtype, device=store.device)
+    return mask.masked_fill_(torch.from_numpy(hidden).to(store.device), -torch.inf)
 
 
 def _tensor(array: Ints, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def paged_attention(
-    module: torch.nn.Module,
-    query: Tensor,  # [1, heads, N, head_dim]
-    key: Tensor,  # [1, kv_heads, N, head_dim]
-    value: Tensor,  # [1, kv_heads, N, head_dim]
-    attention_mask: Tensor | None,  # None: the context has its own
-    *,
-    scaling: float,
-    paged: PagedContext,
-    sliding_window: int | None = None,
-    **_: Any,  # what probe.py knows to be without effect
-) -> tuple[Tensor, None]:
-    """Write the row's keys and values, then attend over what each query sees. Returns [1, N, heads, head_dim]."""
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    assert attention_mask is None
-    paged.cache.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    packed = query[0].transpose(0, 1)  # [N, heads, head_dim]
-    output = torch.empty_like(packed)
-    for group in paged.groups[sliding_window]:
-        keys, values = paged.cache.read(layer, group.slots)
-        attended = scaled_dot_product_attention(
-            packed[group.queries].transpose(1, 2), keys, values, attn_mask=group.mask, scale=scaling, enable_gqa=True
-        )
-        # index vectors from the host, not booleans: those would wait for the device in every layer
-        output.index_copy_(0, group.rows, attended.transpose(1, 2).flatten(0, 1).index_select(0, group.places))
-    return output.unsqueeze(0), None
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer asks of attention."""
 
+    layer: int
+    window: int | None  # positions that a query sees, its own included; None for all
+    scaling: float  # of the products of queries and keys
 
-AttentionInterface.register(IMPLEMENTATION, paged_attention)
+    def attend(self, query: Tensor, kv: Tensor, paged: PagedContext) -> Tensor:
+        """Write the row's keys and values, then attend over what each query sees.
+
+        query [N, heads, head_dim] and kv [N, 2 * kv_heads, head_dim], keys before values, give [N, heads, head_dim].
+        """
+        paged.cache.write(self.layer, paged.slots, kv[: len(paged.slots)])
+        output = torch.zeros_like(query, memory_format=torch.contiguous_format)  # rows that only fill up stay zero
+        for group in paged.groups[self.window]:
+            keys, values = paged.cache.read(self.layer, group.slots)
+            queries = query.index_select(0, group.queries.flatten()).view(*group.queries.shape, *query.shape[1:]).transpose(1, 2)
+            attended = scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=self.scaling, enable_gqa=True)
+            attended = attended.transpose(1, 2).flatten(0, 1)
+            # index vectors from the host, not booleans: those would wait for the device in every layer
+            output.index_copy_(0, group.rows, attended if group.places is None else attended.index_select(0, group.places))
+        return output

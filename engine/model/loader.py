@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from engine.config import Dtype
 from engine.errors import ConfigError, IncompatiblePair, SourceError, UnsupportedModel
 from engine.model.gguf_metadata import require_convertible
-from engine.model.source import CONFIG_FILE, Progress, first_line, silent
+from engine.model.source import CONFIG_FILE, first_line
 
 # whose packed layers were compared with their own forward pass, in tests/model and in the one matrix
 SUPPORTED_MODEL_TYPES = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
@@ -239,14 +239,12 @@ def resolve_dtype(dtype: Dtype, device: torch.device, config: PretrainedConfig) 
     return own if isinstance(own, torch.dtype) else torch.float32
 
 
-def load(path: Path, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", progress: Progress = silent) -> PreTrainedModel:
+def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model in `path` on `device`, in evaluation mode and without gradients.
 
-    `attention` names an implementation that transformers knows or that was registered with it. Raises SourceError when files are missing
-    or damaged, UnsupportedModel when weights and architecture do not match.
+    Raises SourceError when files are missing or damaged, UnsupportedModel when weights and architecture do not match.
     """
     config = read_config(path)
-    progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}")
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -254,7 +252,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device, attention: str = 
                 config=config,
                 dtype=dtype,
                 device_map=device,
-                attn_implementation=attention,
+                attn_implementation="sdpa",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -11,6 +11,9 @@ from engine.kv.cache import KVCache
 from engine.model.attention import Segment, paged_context
 from engine.model.stack import DecoderStack
 
+# A CPU's products are slowest below this (PackedLinear would fill each of them up by itself); to a GPU it is all the same.
+_MIN_ROWS = 4
+
 
 class PagedModel:
     """Runs segments of several sequences in one pass."""
@@ -30,7 +33,10 @@ class PagedModel:
         """
         if not segments:
             return torch.empty(0, self.vocab_size, dtype=self.stack.dtype, device=self.stack.device)
-        hidden = self.stack.hidden(input_ids, paged_context(segments, self._block_size, self._cache, self.stack.windows))
+        num_rows = max(_MIN_ROWS, len(input_ids))
+        if num_rows > len(input_ids):
+            input_ids = torch.nn.functional.pad(input_ids, (0, num_rows - len(input_ids)))
+        hidden = self.stack.hidden(input_ids, paged_context(segments, self._block_size, self._cache, self.stack.windows, num_rows))
         wanted = hidden if len(rows) == hidden.shape[0] else hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
         return self.stack.logits(wanted)[:, : self.vocab_size]
 

@@ -29,6 +29,7 @@ class LayerCall:
 
     window: int | None  # positions that a query sees, its own included
     kv_shape: tuple[int, int]  # key-value heads, head dimension
+    scaling: float  # of the products of queries and keys
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ def watched_attention(
         raise UnsupportedModel(
             f"{watch.name}: layer {layer} has keys {tuple(key.shape)} and values {tuple(value.shape)}; one shape is served."
         )
-    watch.calls[layer] = LayerCall(sliding_window, (key.shape[1], key.shape[3]))
+    watch.calls[layer] = LayerCall(sliding_window, (key.shape[1], key.shape[3]), scaling)
     if past is not None:
         if not _hides_the_same(attention_mask, past.num_tokens, sliding_window):
             raise UnsupportedModel(f"{watch.name}: layer {layer} hides other keys than those behind its window of {sliding_window}.")

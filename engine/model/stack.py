@@ -1,8 +1,9 @@
 """The layer loop: runs a transformers model's own modules on a packed row, one decoder layer after another.
 
-No model code is copied: embedding, rotary tables, layers, norm and head are the model's. Early exit and pruning need the loop
-between the layers, which is why it is here and not the model's `forward`. What differs between architectures (windows, rotary tables
-by layer type, shapes) is read off the modules and their calls; no model is known by name.
+No model code is copied: embedding, rotary tables, layers, norms and head are the model's, attention and feed-forward are replaced within
+their layers by those of fused.py. Early exit and pruning need the loop between the layers, which is why it is here and not the model's
+`forward`. What differs between architectures (windows, rotary tables by layer type, shapes) is read off the modules and their calls; no
+model is known by name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
-from engine.model.attention import IMPLEMENTATION, PagedContext, Segment, paged_context
+from engine.model.attention import LayerAttention, PagedContext, Segment, paged_context
+from engine.model.fused import FusedAttention, FusedMLP, signed
+from engine.model.linear import AS_THEY_ARE, LinearKind
 from engine.model.loader import has_rope_by_layer_type
 from engine.model.probe import PROBE, PretendedPast, Watch
 
@@ -29,10 +32,10 @@ class DecoderStack:
     head dimension of a layer.
     """
 
-    def __init__(self, model: Any):
-        """`model` is a transformers ...ForCausalLM, in eval mode; from now on its attention is the paged one.
+    def __init__(self, model: Any, kind: LinearKind = AS_THEY_ARE):
+        """`model` is a transformers ...ForCausalLM, in eval mode; its layers are rebuilt here, and its own forward is of no use any more.
 
-        Raises UnsupportedModel where the packed loop does not compute what the model's own forward does.
+        Raises UnsupportedModel where the packed loop does not compute what the model's own forward did.
         """
         self._model = model
         self._body = model.model
@@ -42,8 +45,8 @@ class DecoderStack:
         self._rotary_kinds = _rotary_kinds(model)
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
-        model.set_attn_implementation(IMPLEMENTATION)
-        self._require_equal(expected)
+        self._rebuild(watch, kind)
+        self._require_equal(expected, _TOLERANCE[self.dtype] + kind.rounding)
 
     @property
     def num_layers(self) -> int:
@@ -52,11 +55,12 @@ class DecoderStack:
     @property
     def vocab_size(self) -> int:
         """Rows of the head; may be padded beyond the tokenizer's vocabulary."""
-        return int(self._model.lm_head.weight.shape[0])
+        return int(self._model.lm_head.out_features)
 
     @property
     def num_weight_bytes(self) -> int:
-        return sum(w.nbytes for w in {id(w): w for w in self._model.parameters()}.values())
+        weights = [*self._model.parameters(), *self._model.buffers()]
+        return sum(w.nbytes for w in {id(w): w for w in weights}.values())
 
     def hidden(self, input_ids: Tensor, paged: PagedContext) -> Tensor:
         """Normed hidden states [N, hidden] of a packed row of ids [N]."""
@@ -71,7 +75,7 @@ class DecoderStack:
         """States [1, N, hidden] behind layers first, first + 1, ..., end - 1; writes these layers' KV."""
         positions = paged.positions.unsqueeze(0)
         kinds = self._rotary_kinds[first:end]
-        rotary = {kind: self._body.rotary_emb(h, positions, *kind) for kind in dict.fromkeys(kinds)}
+        rotary = {kind: signed(*self._body.rotary_emb(h, positions, *kind)) for kind in dict.fromkeys(kinds)}
         for layer, kind in zip(self._body.layers[first:end], kinds, strict=True):
             h = layer(h, position_embeddings=rotary[kind], position_ids=positions, attention_mask=None, paged=paged)
         return h
@@ -95,18 +99,27 @@ class DecoderStack:
             self._model(self._check_ids()[1].unsqueeze(0), use_cache=False, past_key_values=past, watch=watch, past=past)
         return watch, expected
 
+    def _rebuild(self, watch: Watch, kind: LinearKind) -> None:
+        """Replace modules one by one, so that weights are never held twice."""
+        for index, layer in enumerate(self._body.layers):
+            call = watch.calls[index]
+            asked = LayerAttention(index, call.window, call.scaling)
+            layer.self_attn = FusedAttention(layer.self_attn, asked, call.kv_shape[0], kind)
+            layer.mlp = FusedMLP(layer.mlp, kind)
+        self._model.lm_head = kind.make(self._model.lm_head)
+
     @torch.inference_mode()
-    def _require_equal(self, expected: Tensor) -> None:
+    def _require_equal(self, expected: Tensor, tolerance: float) -> None:
         """The same sequences, packed, must get the logits [N, V] that the model's own forward gave each of them."""
         ids, block_size = self._check_ids(), 16
         cache = KVCache(self.num_layers, len(ids) * block_size, self.kv_shape, self.dtype, self.device)
         segments = [Segment([index], 0, len(row)) for index, row in enumerate(ids)]
         got = self.logits(self.hidden(torch.cat(ids), paged_context(segments, block_size, cache, self.windows)))
         difference = float((got - expected).abs().max() / expected.abs().max())
-        if not difference <= _TOLERANCE[self.dtype]:
+        if not difference <= tolerance:
             raise UnsupportedModel(
                 f"{self._model.config.model_type}: two packed sequences get other logits than the model's own forward gives them "
-                f"(off by {difference:.1e} of the largest logit; {_TOLERANCE[self.dtype]:.0e} is allowed in {self.dtype})."
+                f"(off by {difference:.1e} of the largest logit; {tolerance:.0e} is allowed in {self.dtype})."
             )
 
     def _check_ids(self) -> list[Tensor]:

@@ -82,18 +82,7 @@ def test_all_rows_of_a_chunk_on_request() -> None:
 
 def test_a_stack_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(target_model())
-    model.model.layers[0].self_attn.scaling *= 1.5
-    sdpa_scaling = model.model.layers[0].self_attn.scaling
-    original = DecoderStack.hidden
-
-    def skewed(self: DecoderStack, ids: torch.Tensor, paged: object) -> torch.Tensor:
-        self._body.layers[0].self_attn.scaling = 1.0
-        try:
-            return original(self, ids, paged)  # type: ignore[arg-type]
-        finally:
-            self._body.layers[0].self_attn.scaling = sdpa_scaling
-
-    monkeypatch.setattr(DecoderStack, "hidden", skewed)
+    monkeypatch.setattr("engine.model.stack.signed", lambda cosines, sines: (cosines[0].unsqueeze(1), sines[0].unsqueeze(1)))
     with pytest.raises(UnsupportedModel, match="llama: two packed sequences get other logits"):
         DecoderStack(model)
 

@@ -108,7 +108,7 @@ def test_what_lies_behind_the_window_is_not_read() -> None:
     with torch.inference_mode():
         want = target_model(architecture="mistral")(torch.tensor([text]), use_cache=False).logits[0, 20:]
     paged.forward([Segment(range(8), 0, 20)], torch.tensor(text[:20]), [])
-    for store in (*paged._cache.keys, *paged._cache.values):
+    for store in paged._cache.layers:
         store[: 20 - WINDOW + 1] = torch.inf
     got = paged.forward([Segment(range(8), 20, 4)], torch.tensor(text[20:]), range(4))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)

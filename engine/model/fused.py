@@ -1,0 +1,89 @@
+"""Attention and feed-forward of a decoder layer in few operations: one product for what reads the same input, rotation in place.
+
+They take the places of a transformers layer's `self_attn` and `mlp` and use that module's own weights, norms and activation. That they
+compute the same is not taken for granted: stack.py compares logits with the model's own at every load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import UnsupportedModel
+from engine.model.attention import LayerAttention, PagedContext
+from engine.model.linear import LinearKind, joined
+
+Rotary = tuple[Tensor, Tensor]  # [N, 1, head_dim] each: cosines, and sines with the sign of the half that they multiply
+
+_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_NORMS = frozenset({"q_norm", "k_norm"})
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
+
+
+def signed(cosines: Tensor, sines: Tensor) -> Rotary:
+    """Rotary tables [1, N, head_dim] of transformers, both halves alike, in the form that `rotate_` takes."""
+    half = sines.shape[-1] // 2
+    return cosines[0].unsqueeze(1), torch.cat((-sines[0, :, :half], sines[0, :, half:]), -1).unsqueeze(1)
+
+
+def rotate_(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate heads [N, H, head_dim] in place by their positions: x cos + (-x2, x1) sin, for halves x1 and x2 (Su et al. 2021)."""
+    swapped = heads.roll(heads.shape[-1] // 2, -1)
+    return heads.mul_(rotary[0]).addcmul_(swapped, rotary[1])
+
+
+class FusedAttention(nn.Module):
+    """Queries, keys and values as one product, over the paged cache."""
+
+    def __init__(self, own: Any, asked: LayerAttention, num_kv_heads: int, kind: LinearKind):
+        """`own` is the attention module that it replaces. Raises UnsupportedModel where that has parts that are not known here."""
+        super().__init__()
+        has_norms = _require_parts(own, _ATTENTION, _NORMS) == _NORMS
+        self._asked = asked
+        self._head_dim: int = own.head_dim
+        self._num_kv_heads = num_kv_heads
+        self.qkv_proj = kind.make(joined([own.q_proj, own.k_proj, own.v_proj]))
+        self.o_proj = kind.make(own.o_proj)
+        self.q_norm = own.q_norm if has_norms else None
+        self.k_norm = own.k_norm if has_norms else None
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Rotary, paged: PagedContext, **_: Any) -> tuple[Tensor, None]:
+        """States [1, N, hidden] to [1, N, hidden], with what transformers' layers expect as a second."""
+        heads = self.qkv_proj(hidden_states[0]).unflatten(-1, (-1, self._head_dim))  # [N, q heads, then k, then v; head_dim]
+        num_values = self._num_kv_heads
+        num_queries = heads.shape[1] - 2 * num_values
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys, values = heads.split((num_queries, num_values, num_values), 1)
+            heads = torch.cat((self.q_norm(queries), self.k_norm(keys), values), 1)
+        rotate_(heads[:, :-num_values], position_embeddings)
+        attended = self._asked.attend(heads[:, :num_queries], heads[:, num_queries:], paged)
+        return self.o_proj(attended.flatten(1)).unsqueeze(0), None
+
+
+class FusedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), gate and up as one product."""
+
+    def __init__(self, own: Any, kind: LinearKind):
+        """`own` is the module that it replaces. Raises UnsupportedModel where that has parts that are not known here."""
+        super().__init__()
+        _require_parts(own, _MLP)
+        self.gate_up_proj = kind.make(joined([own.gate_proj, own.up_proj]))
+        self.down_proj = kind.make(own.down_proj)
+        self.act_fn = own.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, N, hidden] to [1, N, hidden]."""
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(self.act_fn(gate).mul_(up))  # type: ignore[no-any-return]  # torch and transformers leave it untyped
+
+
+def _require_parts(own: nn.Module, needed: frozenset[str], optional: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The optional children of `own`. Raises UnsupportedModel where needed ones are missing or others are there."""
+    parts = frozenset(name for name, _ in own.named_children())
+    if not needed <= parts <= needed | optional:
+        raise UnsupportedModel(
+            f"{type(own).__name__} is made of {', '.join(sorted(parts))}; known are {', '.join(sorted(needed | optional))}."
+        )
+    return parts & optional

@@ -1,0 +1,106 @@
+"""Kinds of linear layers: as the model has them, packed once for the CPU, or with 8-bit weights; and who gets which.
+
+Each computes what the layer that it is made from computes, quantised ones nearly. Weights are held as buffers, so that a module's size
+can be summed as for any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import Quantization
+from engine.errors import ConfigError, UnsupportedModel
+from engine.model import onednn
+
+# Below four rows the library takes other kernels: slower (1 row by a sixth, 2 by a third, measured on Zen 4), and one of them adds in
+# another order. With zero rows beneath, a product has the same bits at any number of rows.
+_MIN_ROWS = 4
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight was laid out once. The same bits for a row at any number of rows beside it."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = nn.Buffer(onednn.pack(linear.weight.detach()), persistent=False)
+        self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out]."""
+        num_rows = x.numel() // self.in_features
+        if num_rows >= _MIN_ROWS:
+            return onednn.linear(x, self.packed, self.bias)
+        rows = nn.functional.pad(x.reshape(num_rows, self.in_features), (0, 0, 0, _MIN_ROWS - num_rows))
+        return onednn.linear(rows, self.packed, self.bias)[:num_rows].view(*x.shape[:-1], self.out_features)
+
+
+class Int8Linear(nn.Module):
+    """Weights of 8 bits with a scale per output, activations of 8 bits with a scale per row, sums in 32-bit integers.
+
+    The same bits for a row at any number of rows beside it.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        steps = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # [out]
+        self.packed = nn.Buffer(onednn.pack_int8((weight / steps.unsqueeze(-1)).round().to(torch.int8)), persistent=False)
+        self.scales = nn.Buffer(steps / 127, persistent=False)  # of weight and activation together
+        self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out]."""
+        quantised, largest = onednn.to_uint8(x)
+        y = onednn.linear_int8(quantised, self.packed, self.scales, None).mul_(largest)
+        return y if self.bias is None else y + self.bias
+
+
+def joined(linears: ListLike[nn.Linear]) -> nn.Linear:
+    """One layer whose outputs are those of all, one after another. Raises UnsupportedModel where inputs or biases differ in kind."""
+    if len({(linear.in_features, linear.weight.dtype, linear.bias is None) for linear in linears}) != 1:
+        raise UnsupportedModel("Layers that read the same input differ in its width, their dtype or whether they have a bias.")
+    with torch.device("meta"):
+        joint = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), bias=linears[0].bias is not None)
+    joint.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+    if joint.bias is not None:
+        joint.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+    return joint
+
+
+@dataclass(frozen=True, slots=True)
+class LinearKind:
+    """What a model's linear layers are replaced by."""
+
+    make: Callable[[nn.Linear], nn.Module]
+    rounding: float  # how far logits may be off for it, relative to the largest; beside what the dtype allows
+    note: str  # for the log
+
+
+AS_THEY_ARE = LinearKind(lambda linear: linear, 0.0, "linear layers as they are")
+
+
+def choose(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> LinearKind:
+    """The fastest that computes what is asked for. Raises ConfigError where the quantisation is not to be had."""
+    if quantization == "int8":
+        if reason := _why_not_int8(dtype, device):
+            raise ConfigError(f"quantization: 'int8' - {reason}; take none.")
+        return LinearKind(Int8Linear, 0.2, "linear layers with 8-bit weights")
+    reason = f"packing is for CPUs, not for {device.type}" if device.type != "cpu" else onednn.why_not_float(dtype)
+    if reason:
+        return LinearKind(AS_THEY_ARE.make, AS_THEY_ARE.rounding, f"{AS_THEY_ARE.note} ({reason})")
+    return LinearKind(PackedLinear, 0.0, "linear layers packed for this CPU")
+
+
+def _why_not_int8(dtype: torch.dtype, device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"8-bit weights are for CPUs so far, not for {device.type}"
+    if dtype is not torch.float32:
+        return f"8-bit weights need dtype float32 beside them, not {str(dtype).removeprefix('torch.')}"
+    return onednn.why_not_int8()

@@ -1,0 +1,94 @@
+"""Products whose weights are laid out once for oneDNN, the library behind torch's linear algebra on x86 CPUs.
+
+torch lays a weight out anew in every call of `linear`; its compiler does it once, through the operators wrapped here. They are private,
+have no public twin, and no other file names them. Whether they are there and do what is expected is found out by trying,
+never from the processor's name: `why_not_*` says what is missing, and tests/model/test_onednn.py pins the behaviour.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_UINT8_ZERO = 128  # activations are unsigned with this zero: products of signed ones have no fast kernel here
+
+
+# ---------------------------------------------------------------------- floating point
+@cache
+def why_not_float(dtype: torch.dtype) -> str:
+    """Why weights of `dtype` cannot be packed on this CPU; empty where they can."""
+    if dtype is not torch.float32 and not (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return f"{str(dtype).removeprefix('torch.')} products are not faster packed"
+    if reason := _why_no_library():
+        return reason
+    weight, x = _sample((5, 8), dtype), _sample((3, 8), dtype)
+    try:
+        got = linear(x, pack(weight), None)
+    except (AttributeError, RuntimeError, TypeError) as error:  # another torch: other names, other arguments
+        return f"this torch cannot pack weights ({error})"
+    return "" if torch.allclose(got, x @ weight.T, rtol=1e-2) else "packed products are wrong here"
+
+
+def pack(weight: Tensor) -> Tensor:
+    """An opaque copy of `weight` [out, in]."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # type: ignore[no-any-return]  # operators are untyped
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in] times the packed weight, plus bias [out]: [..., out]."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]  # operators are untyped
+
+
+# ---------------------------------------------------------------------- 8 bits
+@cache
+def why_not_int8() -> str:
+    """Why 8-bit weights have no fast and exact product on this CPU; empty where they have."""
+    if reason := _why_no_library():
+        return reason
+    weight = torch.full((4, 64), 127, dtype=torch.int8)
+    weight[1] = -127
+    x = torch.full((2, 64), 255, dtype=torch.uint8)  # the largest sums: processors without VNNI saturate on the way
+    try:
+        got = linear_int8(x, pack_int8(weight), torch.ones(4), None)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"this torch has no 8-bit products ({error})"
+    return "" if torch.equal(got[0, :2], torch.tensor([1.0, -1.0]) * 127 * 127 * 64) else "8-bit products saturate on this processor"
+
+
+def pack_int8(weight: Tensor) -> Tensor:
+    """An opaque copy of `weight` [out, in] of int8."""
+    return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # type: ignore[no-any-return]  # operators are untyped
+
+
+def to_uint8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of x [..., in], scaled by its largest magnitude to 127 steps either way of 128; and that magnitude [..., 1].
+
+    A row by itself, so that what it becomes does not depend on its neighbours.
+    """
+    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
+    return torch.addcdiv(x.new_full((), _UINT8_ZERO + 0.5), x, largest, value=127).to(torch.uint8), largest
+
+
+def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """(x - 128) [..., in] of uint8 times the packed int8 weight, times scales [out], plus bias [out]: float32 [..., out].
+
+    The sums are of integers, so the result is the same bits whatever else is in the batch.
+    """
+    zeros = torch.zeros(len(scales), dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]  # operators are untyped
+        x, 1.0, _UINT8_ZERO, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+# ---------------------------------------------------------------------- both
+def _why_no_library() -> str:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this torch was built without oneDNN"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "" if capability.startswith("AVX") else f"packed products are for x86 CPUs with AVX2 or more, this one has {capability}"
+
+
+def _sample(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.arange(shape[0] * shape[1], dtype=torch.float32).sin().reshape(shape).to(dtype)
