@@ -1,4 +1,4 @@
-"""Kinds of linear layers compute what they replace; a row has the same bits whatever is beside it; the private operators do what we hold."""
+"""Linear layers compute what they replace; a row has the same bits whatever is beside it; the private operators do what we hold."""
 
 from __future__ import annotations
 
