@@ -54,7 +54,7 @@ def read(path: Path, categories: Sequence[str] = ()) -> list[Prompt]:
 
 def random_words(num_words: int, seed: int) -> Prompt:
     """Common words in random order; in most tokenizers each is one token. Two seeds share no beginning that a prefix cache could use."""
-    draw = random.Random(seed)
+    draw = random.Random(str(seed))  # of a number it would drop the sign
     return of_text(" ".join([f"{draw.getrandbits(32):08x}", *draw.choices(WORDS, k=max(0, num_words - 1))]))
 
 

@@ -69,9 +69,9 @@ def test_order_is_the_seeds_alone_and_all_come_before_any_comes_again() -> None:
 
 
 def test_random_prompts_have_their_length_and_no_common_beginning() -> None:
-    first, second = (random_words(50, seed).messages[0]["content"] for seed in (1, 2))
-    assert len(first.split()) == len(second.split()) == 50
-    assert first[:8] != second[:8]
+    texts = [random_words(50, seed).messages[0]["content"] for seed in (1, 2, -1, -2)]
+    assert {len(text.split()) for text in texts} == {50}
+    assert len({text[:8] for text in texts}) == 4
 
 
 def test_a_conversation_needs_the_chat_endpoint() -> None:
