@@ -136,9 +136,7 @@ def ngram(setting: Setting) -> Measured:
     num_tokens = setting.size(200, 8)
     sides = Sides(_encoded(plain, prompts), [lambda ids: drafting.answer(ids, num_tokens), lambda ids: plain.answer(ids, num_tokens)])
     rows = in_turns(sides, setting.turns(len(prompts)))
-    behind_first = [[row for row in repetition if all(len(run.token_ids) > 1 for run in row)] for repetition in rows]
-    alone = compare(behind_first, lambda row: row[1].seconds_per_token / row[0].seconds_per_token)
-    detail = {"without_prompts": alone.value.median, "ids": [prompt.id for prompt in prompts]}
+    detail = {"without_prompts": _time_per_token_ratio(rows), "ids": [prompt.id for prompt in prompts]}
     return _measured(compare(rows, _rate_ratio), detail | _rates(rows) | _equal_texts(rows))
 
 
@@ -289,6 +287,12 @@ def _rate_ratio(row: list[Run]) -> float:
 
 def _time_ratio(row: list[Run]) -> float:
     return row[1].seconds / row[0].seconds
+
+
+def _time_per_token_ratio(rows: Rows[Run]) -> float | None:
+    """Over all answers that go on behind their first tokens; None where none does."""
+    long = [row for repetition in rows for row in repetition if all(run.num_behind_first > 0 for run in row)]
+    return median(row[1].seconds_per_token / row[0].seconds_per_token for row in long) if long else None
 
 
 def _rates(rows: Rows[Run]) -> dict[str, float]:

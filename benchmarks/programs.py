@@ -36,7 +36,8 @@ class Run:
 
     token_ids: tuple[int, ...]
     seconds: float
-    first_seconds: float | None = None  # until the first token; None where the program does not show it
+    first_seconds: float | None = None  # until the first tokens; None where the program does not show it
+    num_first: int = 1  # tokens that came then: more than one where drafts were accepted with the prompt
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,10 +45,14 @@ class Run:
 
     @property
     def seconds_per_token(self) -> float:
-        """Of the tokens behind the first."""
-        if self.first_seconds is None or len(self.token_ids) < 2:
-            raise BenchmarkError("The time per token needs an answer of at least two tokens and the time of the first.")
-        return (self.seconds - self.first_seconds) / (len(self.token_ids) - 1)
+        """Of the tokens behind the first ones. Raises BenchmarkError where there are none."""
+        if self.first_seconds is None or self.num_behind_first < 1:
+            raise BenchmarkError("The time per token needs tokens behind the first, and the time of the first.")
+        return (self.seconds - self.first_seconds) / self.num_behind_first
+
+    @property
+    def num_behind_first(self) -> int:
+        return len(self.token_ids) - self.num_first
 
 
 class PromptEncoder:
@@ -94,7 +99,7 @@ class EngineProgram:
         sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, stop_token_ids=self.info.end_token_ids if stops else ())
         requests = [Request(id=f"run-{next(self._ids)}", prompt_ids=tuple(ids), sampling=sampling) for ids in prompts]
         tokens: dict[str, list[int]] = {request.id: [] for request in requests}
-        first_at, last_at = dict[str, float](), dict[str, float]()
+        first, last_at = dict[str, tuple[float, int]](), dict[str, float]()
         start = time.perf_counter()
         for request in requests:
             self.core.add(request)
@@ -105,9 +110,9 @@ class EngineProgram:
                 if delta.num_cached_tokens:
                     raise BenchmarkError(f"The prefix cache held {delta.num_cached_tokens} tokens of a timed prompt; prompts must be new.")
                 tokens[delta.request_id] += delta.token_ids
-                first_at.setdefault(delta.request_id, now)
+                first.setdefault(delta.request_id, (now - start, len(delta.token_ids)))
                 last_at[delta.request_id] = now
-        return [Run(tuple(ids), last_at[name] - start, first_at[name] - start) for name, ids in tokens.items()]
+        return [Run(tuple(ids), last_at[name] - start, *first[name]) for name, ids in tokens.items()]
 
 
 class TransformersProgram:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,25 @@ def test_drafts_change_no_text_and_absent_questions_skip_the_bar(setting: Settin
     questions.write_text(json.dumps(lines[0]))
     with pytest.raises(BenchmarkError, match="lacks the questions 251"):
         MEASURES["ngram"](setting)
+
+
+def test_answers_that_end_at_once_leave_the_time_per_token_to_the_others(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [of_text(f"the the the {number}") for number in range(2)]
+    monkeypatch.setattr(bars, "_chosen", lambda setting: questions)
+    real, calls = programs.EngineProgram.answer, itertools.count()
+
+    def answer(self: programs.EngineProgram, ids: Sequence[int], num_tokens: int, stops: bool = True) -> programs.Run:
+        return real(self, ids, 1 if next(calls) < 2 else num_tokens, stops)
+
+    monkeypatch.setattr(programs.EngineProgram, "answer", answer)
+    assert MEASURES["ngram"](replace(setting, repetitions=2)).detail["without_prompts"] > 0
+
+
+def test_tokens_that_come_with_the_first_have_no_time_of_their_own() -> None:
+    run = programs.Run(token_ids=(1, 2, 3, 4, 5), seconds=3.0, first_seconds=1.0, num_first=3)
+    assert run.seconds_per_token == 1.0
+    with pytest.raises(BenchmarkError, match="behind the first"):
+        _ = programs.Run((1, 2), 3.0, 1.0, num_first=2).seconds_per_token
 
 
 def test_a_figure_that_the_prefix_cache_had_a_part_in_is_refused(setting: Setting) -> None:
