@@ -103,7 +103,7 @@ class ThreadClient:
 
     def __init__(self, build: Callable[[], Steppable], max_queued: int = 256):
         self._build = build
-        self._requests = OpenRequests(max_queued, self._abort)
+        self._requests = OpenRequests(max_queued, self._add, self._abort)
         self._core: Steppable | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -142,10 +142,8 @@ class ThreadClient:
         await ready
 
     def submit(self, request: Request) -> DeltaStream:
-        core = self._live_core()
-        stream = self._requests.open(request)
-        self._send(partial(core.add, request))
-        return stream
+        self._live_core()
+        return self._requests.open(request)
 
     def on_step(self, callback: Callable[[StepStats], None]) -> None:
         self._step_callbacks.append(callback)
@@ -168,6 +166,9 @@ class ThreadClient:
         if self._core is None:
             raise EngineDead("The engine is not started.")
         return self._core
+
+    def _add(self, request: Request) -> None:
+        self._send(partial(self._live_core().add, request))
 
     def _abort(self, request_id: str, choice: int) -> None:
         self._send(partial(self._live_core().abort, request_id, choice))

@@ -46,7 +46,7 @@ class ProcessClient:
         self._progress = progress
         self._supervision = supervision or Supervision()
         self._factory = factory
-        self._requests = OpenRequests(max_queued, self._abort)
+        self._requests = OpenRequests(max_queued, self._add, self._abort)
         self._budget = RestartBudget(self._supervision)
         self._suspects = Suspects(self._supervision)
         self._step_callbacks: list[Callable[[StepStats], None]] = []
@@ -83,11 +83,9 @@ class ProcessClient:
         await self._first_load
 
     def submit(self, request: Request) -> DeltaStream:
-        child = self._live_child()
+        self._live_child()
         self._suspects.check(request)
-        stream = self._requests.open(request)
-        child.send(Add(incarnation=child.id, request=request))
-        return stream
+        return self._requests.open(request)
 
     def on_step(self, callback: Callable[[StepStats], None]) -> None:
         self._step_callbacks.append(callback)
@@ -107,6 +105,10 @@ class ProcessClient:
             return self._child
         _ = self.info  # raises what a client without an engine raises
         raise EngineRestarting(max(1, math.ceil(self._back_at - time.monotonic())))
+
+    def _add(self, request: Request) -> None:
+        child = self._live_child()
+        child.send(Add(incarnation=child.id, request=request))
 
     def _abort(self, request_id: str, choice: int) -> None:
         child = self._live_child()

@@ -73,10 +73,11 @@ class DeltaStream:
 
 
 class OpenRequests:
-    """What is queued or running in one engine, oldest first. `abort` tells the engine that a choice is given up."""
+    """What is queued or running in one engine, oldest first. `add` gives it a request, `abort` tells it that a choice is given up."""
 
-    def __init__(self, max_queued: int, abort: Callable[[str, int], None]):
+    def __init__(self, max_queued: int, add: Callable[[Request], None], abort: Callable[[str, int], None]):
         self._max_queued = max_queued
+        self._add_to_engine = add
         self._abort_in_engine = abort
         self._admission: Admission | None = None
         self._streams: dict[str, DeltaStream] = {}
@@ -89,11 +90,12 @@ class OpenRequests:
         self._admission = Admission(info, self._max_queued)
 
     def open(self, request: Request) -> DeltaStream:
-        """A stream for a request that the engine is to be given. Raises ClientError (it can never be served) or QueueFull."""
+        """Give a request to the engine. Raises ClientError (it can never be served) or QueueFull."""
         assert self._admission is not None, "a client opens nothing before its engine is loaded"
         if request.id in self._streams:
             raise InvalidRequest(f"Request id {request.id!r} is in use.", "id")
         self._admission.check(request, num_open=sum(len(stream.open_choices) for stream in self._streams.values()))
+        self._add_to_engine(request)
         stream = self._streams[request.id] = DeltaStream(request, self._abort)
         return stream
 

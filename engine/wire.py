@@ -84,7 +84,8 @@ class Failed(Frame, frozen=True, tag=True):
     def of(cls, incarnation: str, error: EngineError) -> Failed:
         """A frame for an error; a subclass that engine/errors.py does not have travels as the nearest class that it has."""
         kind = next(base.__name__ for base in type(error).__mro__ if getattr(errors, base.__name__, None) is base)
-        return cls(incarnation=incarnation, kind=kind, message=str(error), attributes=vars(error))
+        attributes = msgspec.to_builtins(vars(error), enc_hook=str)  # one of a class of its own, such as a path, arrives as its text
+        return cls(incarnation=incarnation, kind=kind, message=str(error), attributes=attributes)
 
     def error(self) -> EngineError:
         """The error again: its class, message and attributes, without its traceback."""
@@ -100,12 +101,13 @@ class Failed(Frame, frozen=True, tag=True):
 Command = Start | Add | Abort
 Report = Hello | Progress | Loaded | Stepped | Heartbeat | Failed
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=str)  # an error's attribute of a class of its own, such as a path, arrives as its text
+_encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
 
 def encode(frame: Command | Report) -> bytes:
+    """Raises TypeError for what is no plain data, such as a token id of numpy: in another shape it would end whoever reads it."""
     return _encoder.encode(frame)
 
 

@@ -15,13 +15,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy
 import psutil
 import pytest
 
 from engine.client import Stream
 from engine.errors import ContextLengthExceeded, CrashingRequest, EngineDead, EngineError, EngineRestarting, InvalidRequest, SourceError
 from engine.process import ProcessClient
+from engine.request import SamplingParams
 from engine.supervision import Supervision
 from engine.wire import Add, Loaded, encode
 from tests.fakes import make_info
@@ -101,6 +105,20 @@ async def test_an_abort_reaches_the_process() -> None:
         assert [d.finish_reason async for batch in client.submit(make_request(id="next", max_tokens=4)) for d in batch][-1]
         assert running[-1] == 0
         assert len(client._requests) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [({"prompt_ids": (numpy.int64(3),)}, TypeError), ({"sampling": SamplingParams(max_tokens=2, seed=2**70)}, OverflowError)],
+)
+async def test_what_cannot_be_sent_harms_only_its_caller(wrong: dict[str, Any], kind: type[Exception]) -> None:
+    """Sent as something else it would end the process, and all others' answers with it."""
+    async with started(delay=0.001) as client:
+        neighbour = client.submit(make_request(max_tokens=30))
+        with pytest.raises(kind):
+            client.submit(msgspec.structs.replace(make_request(id="wrong"), **wrong))
+        assert len(client._requests) == 1
+        assert len(await tokens_of(neighbour)) == 30
 
 
 async def test_a_frame_of_another_incarnation_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_suspects_are_bounded() -> None:
 
 
 async def test_only_requests_that_could_have_been_running_are_under_suspicion() -> None:
-    requests = OpenRequests(10, lambda request_id, choice: None)
+    requests = OpenRequests(10, lambda request: None, lambda request_id, choice: None)
     requests.admit_to(INFO)
     streams = [requests.open(make_request(id=name, num_choices=num)) for name, num in (("a", 1), ("b", 2), ("c", 1))]
     assert [r.id for r in requests.oldest(1)] == ["a"]
@@ -99,7 +99,7 @@ async def test_only_requests_that_could_have_been_running_are_under_suspicion() 
 
 async def test_a_stream_of_a_lost_engine_aborts_nothing_in_the_next_one() -> None:
     aborted: list[tuple[str, int]] = []
-    requests = OpenRequests(10, lambda request_id, choice: aborted.append((request_id, choice)))
+    requests = OpenRequests(10, lambda request: None, lambda request_id, choice: aborted.append((request_id, choice)))
     requests.admit_to(INFO)
     lost = requests.open(make_request(id="a"))
     requests.fail(EngineDead("lost"))
