@@ -22,7 +22,7 @@ bench: $(VENV)/.app model ## Measure CONFIG in this process: a minute or two (AR
 	@echo "More: $(BIN)/cascade bench --help measures a running server, and benchmarks/README.md compares it with others." >&2
 
 test: $(VENV)/.test model ## Install and run the whole test suite (ARGS="-k name" for a part)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(VENV)/.test ## Lint, formatting, types, and the import law
 	$(BIN)/ruff check .
