@@ -147,9 +147,9 @@ async def send(target: Target, asked: Sequence[Prompt], load: LoadOptions, conso
 
 def finish(report: Report, outcomes: Sequence[Outcome], output: Path | None) -> None:
     """Write what is for programs, and end with 1 if nothing succeeded."""
+    print(msgspec.json.encode(report).decode(), flush=True)
     if output is not None:
         write(output, msgspec.to_builtins(report) | {"requests": [_request_entry(outcome) for outcome in outcomes]})
-    print(msgspec.json.encode(report).decode(), flush=True)
     if not answers_of(outcomes):
         failure = report.figures.failures[0]
         Console(stderr=True).print(

@@ -1,7 +1,8 @@
 """`python -m benchmarks.speed`: the speed that this project holds itself to, one named bar each, measured against what it promises.
 
 Standard output gets one line, a JSON object; the table goes to standard error. Exit codes: 0 every measured bar is met, 1 one is missed,
-2 it could not be run as asked. A bar that cannot be measured here is skipped with its reason.
+2 it could not be run as asked, or a bar failed. A bar that cannot be measured here is skipped with its reason; one that fails leaves what
+the others measured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.environment import Environment, environment
 from benchmarks.errors import BenchmarkError
 from benchmarks.output import progress_bar, write
 from benchmarks.stats import Estimate
+from engine.errors import EngineError
 from server.cli import one_line_errors
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ BARS = {
 
 
 class BarResult(msgspec.Struct, frozen=True):
-    """One bar, measured or skipped."""
+    """One bar: measured, skipped or failed."""
 
     name: str
     what: str
@@ -72,11 +74,14 @@ class BarResult(msgspec.Struct, frozen=True):
     repetitions: tuple[float, ...]
     detail: dict[str, Any]
     is_met: bool | None
-    skipped: str | None
+    skipped: str | None  # why
+    failed: str | None  # how
 
     @property
     def measured(self) -> str:
-        return "-" if self.value is None else f"{_number(self.value.median, self.unit)} ({self.value.low:.3g} to {self.value.high:.3g})"
+        if self.value is None:
+            return self.skipped or f"failed: {self.failed}"
+        return f"{_number(self.value.median, self.unit)} ({self.value.low:.3g} to {self.value.high:.3g})"
 
 
 class SpeedReport(msgspec.Struct, frozen=True):
@@ -115,12 +120,15 @@ def speed(
         from benchmarks.bars import Setting  # torch and transformers take seconds
 
         setting = Setting(config, data, 1 if quick else repetitions, quick)
+        setting.engine()  # mistakes in the file are said before anything is measured
         results = [_measure(name, setting, console) for name in names]
         report = _report(results, config, quick)
         console.print(_table(report))
+        print(msgspec.json.encode(report).decode(), flush=True)
         if output is not None:
             write(output, msgspec.to_builtins(report))
-    print(msgspec.json.encode(report).decode(), flush=True)
+    if any(result.failed for result in results):
+        raise typer.Exit(2)
     if any(result.is_met is False for result in results) and not quick:
         raise typer.Exit(1)
 
@@ -132,12 +140,14 @@ def _measure(name: str, setting: Setting, console: Console) -> BarResult:
         try:
             result = _result(name, MEASURES[name](replace(setting, tick=tick)))
         except BarSkipped as reason:
-            result = _result(name, None, str(reason))
-    console.print(f"{name}: {result.skipped or result.measured}, bar {result.bar}", markup=False, highlight=False, soft_wrap=True)
+            result = _result(name, skipped=str(reason))
+        except EngineError as error:
+            result = _result(name, failed=str(error))
+    console.print(f"{name}: {result.measured}, bar {result.bar}", markup=False, highlight=False, soft_wrap=True)
     return result
 
 
-def _result(name: str, measured: Measured | None, skipped: str | None = None) -> BarResult:
+def _result(name: str, measured: Measured | None = None, skipped: str | None = None, failed: str | None = None) -> BarResult:
     bar = BARS[name]
     return BarResult(
         name=name,
@@ -150,6 +160,7 @@ def _result(name: str, measured: Measured | None, skipped: str | None = None) ->
         detail=dict(measured.detail) if measured else {},
         is_met=bar.is_met(measured.value.median) if measured else None,
         skipped=skipped,
+        failed=failed,
     )
 
 
@@ -166,8 +177,8 @@ def _table(report: SpeedReport) -> Table:
         table.add_column(column, overflow="fold")
     for result in report.bars:
         spread = f"{min(result.repetitions):.3g} to {max(result.repetitions):.3g}" if result.repetitions else "-"
-        met = "skipped" if result.is_met is None else "yes" if result.is_met else "NO"
-        table.add_row(result.name, result.what, result.bar, result.skipped or result.measured, spread, met)
+        met = {None: "skipped" if result.skipped else "FAILED", True: "yes", False: "NO"}[result.is_met]
+        table.add_row(result.name, result.what, result.bar, result.measured, spread, met)
     return table
 
 

@@ -20,7 +20,7 @@ from engine.request import Request
 from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.streams import DeltaStream, OpenRequests
 from engine.supervision import RestartBudget, Supervision, Suspects
-from engine.wire import Abort, Add, Failed, Hello, Loaded, Progress, Start, Stepped
+from engine.wire import Abort, Add, Failed, Heartbeat, Hello, Loaded, Progress, Start, Stepped
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class ProcessClient:
         self._requests = OpenRequests(max_queued, self._add, self._abort)
         self._budget = RestartBudget(self._supervision)
         self._suspects = Suspects(self._supervision)
+        self._leaving: list[Request] = []  # given up since the last frame: the step that runs now may still have them
         self._step_callbacks: list[Callable[[StepStats], None]] = []
         self._loss_callbacks: list[Callable[[bool], None]] = []
         self._supervisor: asyncio.Task[None] | None = None
@@ -112,6 +113,7 @@ class ProcessClient:
 
     def _abort(self, request_id: str, choice: int) -> None:
         child = self._live_child()
+        self._leaving += [request for request in self._may_be_running() if request.id == request_id]
         child.send(Abort(incarnation=child.id, request_id=request_id, choice=choice))
 
     # ------------------------------------------------------------------ one incarnation after the other
@@ -156,7 +158,10 @@ class ProcessClient:
         while True:
             match await child.receive():
                 case Stepped(output=output):
+                    self._leaving.clear()
                     self._deliver(output)
+                case Heartbeat():
+                    self._leaving.clear()
                 case Hello():
                     child.send(self._start_frame(child))
                 case Progress(text=text):
@@ -212,8 +217,9 @@ class ProcessClient:
         if self._info is None:
             raise loss
         self._child = None
-        running = self._requests.oldest(self._info.max_sequences)
-        self._suspects.accuse(running)
+        running = self._may_be_running()
+        self._suspects.accuse(running + self._leaving)
+        self._leaving.clear()
         _log.error("%s Requests lost: %d, of which %d may have been running", loss, len(self._requests), len(running))
         self._requests.fail(loss)
         delay = self._budget.take()
@@ -225,6 +231,9 @@ class ProcessClient:
         for callback in self._loss_callbacks:
             callback(delay is not None)
         return delay
+
+    def _may_be_running(self) -> list[Request]:
+        return self._requests.oldest(self.info.max_sequences)
 
     @property
     def _enough(self) -> str:

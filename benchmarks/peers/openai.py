@@ -125,9 +125,9 @@ def run(
         )
         report = asyncio.run(measure(parse_peers(peer), plan, console))
         console.print(_table(report))
+        print(msgspec.json.encode(report).decode(), flush=True)
         if output is not None:
             write(output, msgspec.to_builtins(report))
-    print(msgspec.json.encode(report).decode(), flush=True)
     if any(figures.all.num_requests == figures.all.num_failed for result in report.peers for figures in result.rounds):
         raise typer.Exit(1)
 

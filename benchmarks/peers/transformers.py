@@ -107,9 +107,9 @@ def run(
         asked = PromptOptions(prompts, category, None, num_requests).choose()
         report = measure(config, Work(asked, max_tokens, prompt_lookup, prefill_tokens, repetitions), console)
         console.print(_decoding_table(report), _prefill_text(report.prefill))
+        print(msgspec.json.encode(report).decode(), flush=True)
         if output is not None:
             write(output, msgspec.to_builtins(report))
-    print(msgspec.json.encode(report).decode(), flush=True)
 
 
 def measure(config: Path, work: Work, console: Console) -> TransformersReport:

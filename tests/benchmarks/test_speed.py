@@ -130,6 +130,34 @@ def test_the_command_prints_json_last_and_writes_the_same(tiny_config: Path, tmp
     assert len(report["headline"]) == 1
 
 
+def test_a_bar_that_fails_leaves_what_the_others_measured(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(setting: Setting) -> bars.Measured:
+        raise BenchmarkError("the lamp went out")
+
+    monkeypatch.setattr(bars, "MEASURES", {**MEASURES, "ngram": fail})
+    out = tmp_path / "speed.json"
+    arguments = ["--quick", "--bar", "eight-streams", "--bar", "ngram", "--config", str(tiny_config), "--output", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    measured, failed = json.loads(out.read_text())["bars"]
+    assert measured["value"]["median"] > 0
+    assert (failed["failed"], failed["value"], failed["is_met"]) == ("the lamp went out", None, None)
+    assert "ngram: failed: the lamp went out" in result.stderr
+
+
+def test_an_unwritable_file_does_not_lose_what_was_measured(tiny_config: Path, tmp_path: Path) -> None:
+    arguments = ["--quick", "--bar", "eight-streams", "--config", str(tiny_config), "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert json.loads(result.stdout.splitlines()[-1])["bars"][0]["value"]["median"] > 0
+    assert "cannot be written: Is a directory" in result.stderr
+
+
+def test_a_bad_deployment_is_one_line_before_anything_is_measured(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["--config", str(tmp_path / "no.yaml")])
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+
+
 def test_an_unknown_bar_is_one_line() -> None:
     result = CliRunner().invoke(app, ["--bar", "high"])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

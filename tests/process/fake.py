@@ -16,6 +16,7 @@ from tests.fakes import make_info
 
 FACTORY = "tests.process.fake:build"
 POISON = 666  # a prompt that begins with it ends the process in its first step
+TRAP = 667  # one that begins with it hangs the process after its first token
 
 
 def make_config(**script: object) -> EngineConfig:
@@ -71,11 +72,14 @@ class FakeCore:
         self._num_steps += 1
         if self._num_steps == self._fails_at:
             raise RuntimeError("boom")
-        while self._num_steps == self._sticks_at:
+        while self._num_steps == self._sticks_at or any(request.prompt_ids[0] == TRAP for request in self._begun()):
             ctypes.PyDLL(None).sleep(600)  # with the interpreter lock
         time.sleep(self._delay)
         deltas = [self._emit(key, request) for key, request in list(self._open.items())[: self.info.max_sequences]]
         return StepOutput(deltas=tuple(deltas), stats=self._stats())
+
+    def _begun(self) -> list[Request]:
+        return [request for key, request in self._open.items() if key in self._emitted]
 
     def _emit(self, key: tuple[str, int], request: Request) -> TokenDelta:
         if request.prompt_ids[0] == POISON:

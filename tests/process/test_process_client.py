@@ -29,7 +29,7 @@ from engine.request import SamplingParams
 from engine.supervision import Supervision
 from engine.wire import Add, Loaded, encode
 from tests.fakes import make_info
-from tests.process.fake import FACTORY, POISON, make_config
+from tests.process.fake import FACTORY, POISON, TRAP, make_config
 from tests.process.processes import engines, folders
 from tests.server.conftest import until
 from tests.unit.factories import make_request
@@ -283,6 +283,23 @@ async def test_a_request_that_was_there_at_three_crashes_is_refused() -> None:
         with pytest.raises(CrashingRequest, match="failed 3 times"):
             client.submit(make_request(id="again", prompt=(POISON, 1)))
         assert await tokens_of(client.submit(make_request(id="other"))) == [0, 1, 2, 3]
+
+
+async def test_a_request_that_hangs_the_engine_is_refused_even_if_nobody_waits_for_it_to_the_end() -> None:
+    hasty = Supervision(heartbeat_seconds=0.05, hang_seconds=0.6, backoff_seconds=0.01, max_losses=1)
+    async with started(hasty, delay=0.01) as client:
+        async with client.submit(make_request(id="left in peace", prompt=(7,))) as stream:
+            await anext(stream)
+        await until(lambda: not client._leaving)
+        async with client.submit(make_request(prompt=(TRAP,), max_tokens=100, num_choices=2)) as stream:
+            await anext(stream)
+            await asyncio.sleep(0.2)  # it hangs by now
+        assert not len(client._requests)
+        await until(lambda: not client.health.is_ready)
+        await back(client)
+        await tokens_of(client.submit(make_request(id="other", prompt=(7,))))
+        with pytest.raises(CrashingRequest):
+            client.submit(make_request(id="again", prompt=(TRAP,), max_tokens=100, num_choices=2))
 
 
 async def test_a_request_that_comes_to_its_end_is_above_suspicion() -> None:
