@@ -45,11 +45,29 @@ class Segment:
 class _Group:
     """Segments that share one attention call: G of them, at most n queries and L keys each."""
 
-    queries: Tensor  # [G, n] index in the packed row; padded with 0
+    shape: tuple[int, int]  # G, n
     slots: Tensor  # [G, L] of keys and values; padded with the sequence's own first
     mask: Tensor | None  # [G, 1, n, L] 0 where a query sees a key, else -inf; None where all see all
-    rows: Tensor  # [M] the M queries that are not padding: their index in the packed row ...
-    places: Tensor | None  # [M] ... and in the flattened [G * n]; None where nothing is padding
+    first: int | None  # where its queries begin in the packed row, if they lie there one after another; else None, and
+    queries: Tensor  # [G * n] their indices in the packed row, padded with 0;
+    places: Tensor  # [M] which of these are not padding
+    rows: Tensor  # [M] and what their indices are
+
+    def gather(self, packed: Tensor) -> Tensor:
+        """Its queries [G, heads, n, head_dim] of packed [N, heads, head_dim]."""
+        num_groups, num_queries = self.shape
+        first = self.first
+        own = packed.index_select(0, self.queries) if first is None else packed[first : first + num_groups * num_queries]
+        return own.view(num_groups, num_queries, *packed.shape[1:]).transpose(1, 2)
+
+    def scatter(self, attended: Tensor, packed: Tensor) -> None:
+        """Put attended [G, heads, n, head_dim] where its queries were in packed [N, heads, head_dim]."""
+        own = attended.transpose(1, 2).flatten(0, 1)
+        if self.first is None:
+            # index vectors from the host, not booleans: those would wait for the device in every layer
+            packed.index_copy_(0, self.rows, own.index_select(0, self.places))
+        else:
+            packed[self.first : self.first + len(own)] = own
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +141,16 @@ def _group(members: list[tuple[int, Segment]], window: int | None, block_size: i
         slots[row, len(own) :] = own[0]  # a stranger's slot could hold an infinity, which a mask does not stop
         places.append(np.arange(row * num_queries, row * num_queries + num))
     hidden = is_hidden(standing[:, None, :, None], np.arange(num_keys), window)
-    place = np.concatenate(places)
+    flat, place = queries.reshape(-1), np.concatenate(places)
+    is_run = len(place) == len(flat) and bool((np.diff(flat) == 1).all())
     return _Group(
-        queries=_tensor(queries, store.device),
+        shape=queries.shape,
         slots=_tensor(slots, store.device),
         mask=_mask(hidden, store) if hidden.any() else None,
-        rows=_tensor(queries.reshape(-1)[place], store.device),
-        places=_tensor(place, store.device) if len(place) < queries.size else None,
+        first=int(flat[0]) if is_run else None,
+        queries=_tensor(flat, store.device),
+        places=_tensor(place, store.device),
+        rows=_tensor(flat[place], store.device),
     )
 
 
@@ -155,13 +176,13 @@ class LayerAttention:
 
         query [N, heads, head_dim] and kv [N, 2 * kv_heads, head_dim], keys before values, give [N, heads, head_dim].
         """
-        paged.cache.write(self.layer, paged.slots, kv[: len(paged.slots)])
+        num_real = len(paged.slots)
+        paged.cache.write(self.layer, paged.slots, kv if num_real == len(kv) else kv[:num_real])
         output = torch.zeros_like(query, memory_format=torch.contiguous_format)  # rows that only fill up stay zero
         for group in paged.groups[self.window]:
             keys, values = paged.cache.read(self.layer, group.slots)
-            queries = query.index_select(0, group.queries.flatten()).view(*group.queries.shape, *query.shape[1:]).transpose(1, 2)
-            attended = scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=self.scaling, enable_gqa=True)
-            attended = attended.transpose(1, 2).flatten(0, 1)
-            # index vectors from the host, not booleans: those would wait for the device in every layer
-            output.index_copy_(0, group.rows, attended if group.places is None else attended.index_select(0, group.places))
+            attended = scaled_dot_product_attention(
+                group.gather(query), keys, values, attn_mask=group.mask, scale=self.scaling, enable_gqa=True
+            )
+            group.scatter(attended, output)
         return output

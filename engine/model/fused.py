@@ -1,6 +1,6 @@
-"""Attention and feed-forward of a decoder layer in few operations: one product for what reads the same input, rotation in place.
+"""Attention, feed-forward and norms of a decoder layer in few operations: one product for what reads the same input, rotation in place.
 
-They take the places of a transformers layer's `self_attn` and `mlp` and use that module's own weights, norms and activation. That they
+They take the places of a transformers layer's modules and use that module's own weights, norms and activation. That they
 compute the same is not taken for granted: stack.py compares logits with the model's own at every load.
 """
 
@@ -46,12 +46,12 @@ class FusedAttention(nn.Module):
         self._num_kv_heads = num_kv_heads
         self.qkv_proj = kind.make(joined([own.q_proj, own.k_proj, own.v_proj]))
         self.o_proj = kind.make(own.o_proj)
-        self.q_norm = own.q_norm if has_norms else None
-        self.k_norm = own.k_norm if has_norms else None
+        self.q_norm = quick_norm(own.q_norm) if has_norms else None
+        self.k_norm = quick_norm(own.k_norm) if has_norms else None
 
     def forward(self, hidden_states: Tensor, position_embeddings: Rotary, paged: PagedContext, **_: Any) -> tuple[Tensor, None]:
         """States [1, N, hidden] to [1, N, hidden], with what transformers' layers expect as a second."""
-        heads = self.qkv_proj(hidden_states[0]).unflatten(-1, (-1, self._head_dim))  # [N, q heads, then k, then v; head_dim]
+        heads = self.qkv_proj(hidden_states[0]).view(hidden_states.shape[1], -1, self._head_dim)  # of queries, then keys, then values
         num_values = self._num_kv_heads
         num_queries = heads.shape[1] - 2 * num_values
         if self.q_norm is not None and self.k_norm is not None:
@@ -77,6 +77,33 @@ class FusedMLP(nn.Module):
         """x [1, N, hidden] to [1, N, hidden]."""
         gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(self.act_fn(gate).mul_(up))  # type: ignore[no-any-return]  # torch and transformers leave it untyped
+
+
+class QuickNorm(nn.Module):
+    """Root-mean-square norm as one operation (Zhang and Sennrich 2019)."""
+
+    def __init__(self, weight: Tensor, epsilon: float):
+        super().__init__()
+        self.weight = nn.Buffer(weight, persistent=False)
+        self._epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., hidden] to [..., hidden]."""
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
+
+
+def quick_norm(own: nn.Module) -> nn.Module:
+    """The norm as one operation where that gives the same bits, else `own`: where it rounds in between, or is another norm."""
+    epsilon = getattr(own, "variance_epsilon", getattr(own, "eps", None))
+    weight = getattr(own, "weight", None)
+    if not isinstance(weight, Tensor) or not isinstance(epsilon, float):
+        return own
+    sample = torch.linspace(-3, 3, 4 * len(weight), device=weight.device).sin().view(4, -1).to(weight.dtype)
+    for effective in (weight.detach(), 1 + weight.detach()):  # Gemma's weights are differences from one
+        quick = QuickNorm(effective, epsilon)
+        if torch.equal(quick(sample), own(sample)):
+            return quick
+    return own
 
 
 def _require_parts(own: nn.Module, needed: frozenset[str], optional: frozenset[str] = frozenset()) -> frozenset[str]:

@@ -58,7 +58,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]."""
         quantised, largest = onednn.to_uint8(x)
-        y = onednn.linear_int8(quantised, self.packed, self.scales, None).mul_(largest)
+        y = onednn.linear_int8(quantised, self.packed, self.scales).mul_(largest)
         return y if self.bias is None else y + self.bias
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _UINT8_ZERO = 128  # activations are unsigned with this zero: products of signed ones have no fast kernel here
+_HALF_UP = torch.tensor(_UINT8_ZERO + 0.5)  # conversion to integers cuts off
 
 
 # ---------------------------------------------------------------------- floating point
@@ -33,12 +34,12 @@ def why_not_float(dtype: torch.dtype) -> str:
 
 def pack(weight: Tensor) -> Tensor:
     """An opaque copy of `weight` [out, in]."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # type: ignore[no-any-return]  # operators are untyped
+    return torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous())  # type: ignore[no-any-return]  # operators are untyped
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] times the packed weight, plus bias [out]: [..., out]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]  # operators are untyped
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]  # operators are untyped
 
 
 # ---------------------------------------------------------------------- 8 bits
@@ -51,7 +52,7 @@ def why_not_int8() -> str:
     weight[1] = -127
     x = torch.full((2, 64), 255, dtype=torch.uint8)  # the largest sums: processors without VNNI saturate on the way
     try:
-        got = linear_int8(x, pack_int8(weight), torch.ones(4), None)
+        got = linear_int8(x, pack_int8(weight), torch.ones(4))
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"this torch has no 8-bit products ({error})"
     return "" if torch.equal(got[0, :2], torch.tensor([1.0, -1.0]) * 127 * 127 * 64) else "8-bit products saturate on this processor"
@@ -59,27 +60,32 @@ def why_not_int8() -> str:
 
 def pack_int8(weight: Tensor) -> Tensor:
     """An opaque copy of `weight` [out, in] of int8."""
-    return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)  # type: ignore[no-any-return]  # operators are untyped
+    return torch.ops.onednn.qlinear_prepack.default(weight.contiguous(), None)  # type: ignore[no-any-return]  # operators are untyped
 
 
 def to_uint8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of x [..., in], scaled by its largest magnitude to 127 steps either way of 128; and that magnitude [..., 1].
+    """Each row of x [..., in], float32, scaled by its largest magnitude to 127 steps either way of 128; and that magnitude [..., 1].
 
-    A row by itself, so that what it becomes does not depend on its neighbours.
+    A row by itself, so that what it becomes does not depend on its neighbours. A row of zeros becomes anything, and its magnitude is 0.
     """
-    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
-    return torch.addcdiv(x.new_full((), _UINT8_ZERO + 0.5), x, largest, value=127).to(torch.uint8), largest
+    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True)
+    return torch.addcdiv(_HALF_UP, x, largest, value=127).to(torch.uint8), largest
 
 
-def linear_int8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """(x - 128) [..., in] of uint8 times the packed int8 weight, times scales [out], plus bias [out]: float32 [..., out].
+def linear_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """(x - 128) [..., in] of uint8 times the packed int8 weight, times scales [out]: float32 [..., out].
 
     The sums are of integers, so the result is the same bits whatever else is in the batch.
     """
-    zeros = torch.zeros(len(scales), dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]  # operators are untyped
-        x, 1.0, _UINT8_ZERO, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+    zeros = _zeros(len(scales))
+    return torch.ops.onednn.qlinear_pointwise.default(  # type: ignore[no-any-return]  # operators are untyped
+        x, 1.0, _UINT8_ZERO, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
+
+
+@cache
+def _zeros(num: int) -> Tensor:
+    return torch.zeros(num, dtype=torch.int32)
 
 
 # ---------------------------------------------------------------------- both

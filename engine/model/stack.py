@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model.attention import LayerAttention, PagedContext, Segment, paged_context
-from engine.model.fused import FusedAttention, FusedMLP, signed
+from engine.model.fused import FusedAttention, FusedMLP, quick_norm, signed
 from engine.model.linear import AS_THEY_ARE, LinearKind
 from engine.model.loader import has_rope_by_layer_type
 from engine.model.probe import PROBE, PretendedPast, Watch
@@ -106,6 +106,9 @@ class DecoderStack:
             asked = LayerAttention(index, call.window, call.scaling)
             layer.self_attn = FusedAttention(layer.self_attn, asked, call.kv_shape[0], kind)
             layer.mlp = FusedMLP(layer.mlp, kind)
+            for name, child in list(layer.named_children()):
+                setattr(layer, name, quick_norm(child))
+        self._body.norm = quick_norm(self._body.norm)
         self._model.lm_head = kind.make(self._model.lm_head)
 
     @torch.inference_mode()
