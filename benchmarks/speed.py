@@ -7,7 +7,6 @@ the others measured.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +21,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.output import progress_bar, write
 from benchmarks.stats import Estimate
 from engine.errors import EngineError
+from engine.threads import set_defaults
 from server.cli import one_line_errors
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class SpeedReport(msgspec.Struct, frozen=True):
 
 def main() -> None:
     """Entry point of the module."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `cascade` does; read when torch is loaded
+    set_defaults()  # as `cascade` does
     app()
 
 

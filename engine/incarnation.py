@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 import uuid
-from contextlib import ExitStack, suppress
+from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory, gettempdir
 
@@ -19,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from engine.errors import ConfigError
+from engine.threads import defaults
 from engine.wire import Command, Hello, Report, decode_report, encode
 
 STACK_SECONDS = 0.5  # for a process that hangs to write its stacks to standard error
@@ -28,17 +31,18 @@ ARRIVAL_SECONDS = 0.05  # for what a process had sent before it ended
 class Incarnation:
     """A process and everything that it costs us. `spawn` makes one, `end` gives all of it back."""
 
-    def __init__(self, line: _Line, process: asyncio.subprocess.Process, resources: ExitStack):
+    def __init__(self, line: _Line, process: subprocess.Popen[bytes], resources: ExitStack):
         self.id = line.incarnation
         self.num_frames = 0  # received so far
         self._line = line
         self._process = process
+        self._status = asyncio.ensure_future(asyncio.to_thread(process.wait))
         self._resources = resources
         self._began = time.monotonic()
 
     @classmethod
-    async def spawn(cls) -> Incarnation:
-        """Start a process that will say Hello. Raises ConfigError where no socket can be made.
+    def spawn(cls, starter: Executor) -> Incarnation:
+        """Start a process that will say Hello, with the priority of `starter`'s thread. Raises ConfigError where no socket can be made.
 
         The socket is in a directory of its own that nobody else may enter. The process ends when its standard input does: when `end`
         closes our end of that pipe, and when we are gone, however we went.
@@ -48,7 +52,7 @@ class Incarnation:
             read_end, write_end = os.pipe()
             resources.callback(os.close, write_end)
             try:
-                process = await asyncio.create_subprocess_exec(*_command(line), stdin=read_end, env=_environment())
+                process = starter.submit(subprocess.Popen, _command(line), stdin=read_end, env=_environment()).result()
             finally:
                 os.close(read_end)
             return cls(line, process, resources.pop_all())
@@ -75,30 +79,26 @@ class Incarnation:
 
     async def exited(self) -> str:
         """Wait for the process to end by itself, and for its last frames to arrive. Says how, as in "ended with exit status 1"."""
-        status = await self._process.wait()
+        status = await asyncio.shield(self._status)
         await asyncio.sleep(ARRIVAL_SECONDS)
         return _how(status)
 
     async def kill(self) -> None:
         """End a process that hangs; it says first where it stands, if it can."""
-        with suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGUSR1)
-            await asyncio.sleep(STACK_SECONDS)
-            self._process.kill()
+        self._process.send_signal(signal.SIGUSR1)  # nothing where it has ended
+        await asyncio.sleep(STACK_SECONDS)
+        self._process.kill()
 
     async def end(self, seconds: float) -> None:
         """Close the pipe, and kill a process that does not end within `seconds`. Afterwards nothing of it is left."""
         self._resources.close()
         try:
-            async with asyncio.timeout(seconds):
-                await self._process.wait()
+            await asyncio.wait_for(asyncio.shield(self._status), seconds)
         except TimeoutError:
             pass  # it is killed below
         finally:
-            if self._process.returncode is None:
-                with suppress(ProcessLookupError):
-                    self._process.kill()
-                await self._process.wait()
+            self._process.kill()  # nothing where it has ended
+            await self._status
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def _command(line: _Line) -> tuple[str, ...]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with our module path; threads of torch that wait are to sleep, see server/cli.py."""
+    """Ours, with our module path."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {"OMP_WAIT_POLICY": "passive"} | os.environ | {"PYTHONPATH": path}
+    return defaults() | os.environ | {"PYTHONPATH": path}
 
 
 def _how(status: int) -> str:

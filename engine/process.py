@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from engine.client import Health
 from engine.config import EngineConfig
@@ -52,6 +53,7 @@ class ProcessClient:
         self._leaving: list[Request] = []  # given up since the last frame: the step that runs now may still have them
         self._step_callbacks: list[Callable[[StepStats], None]] = []
         self._loss_callbacks: list[Callable[[bool], None]] = []
+        self._starter = ThreadPoolExecutor(1, "engine-starter")  # keeps the priority that its user had at the first start
         self._supervisor: asyncio.Task[None] | None = None
         self._first_load: asyncio.Future[None] | None = None
         self._child: Incarnation | None = None  # while it is loaded and not known to be lost
@@ -100,6 +102,7 @@ class ProcessClient:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait((self._supervisor,))
+        self._starter.shutdown()
 
     def _live_child(self) -> Incarnation:
         if self._error is None and self._child is not None:
@@ -132,7 +135,7 @@ class ProcessClient:
     async def _run(self) -> float | None:
         """One incarnation, from its start to its loss. Returns the seconds after which another one is due, or None."""
         try:
-            child = await Incarnation.spawn()
+            child = Incarnation.spawn(self._starter)
         except OSError as error:
             return self._lose(EngineDead(f"No process for the engine can be started: {error}."))
         except EngineError as error:

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 the deployment or the command line is wrong (one line on s
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import typer
 from rich.console import Console
 
 from engine.errors import EngineError
+from engine.threads import set_defaults
 from server.listener import bind
 from server.settings import Deployment, load
 
@@ -36,9 +36,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the program."""
-    # Read when torch is loaded. Threads that spin while they wait make a step five times as long as soon as another program uses a
-    # core (measured on 2 cores: 57 ms a step passive, 284 ms spinning; 58 and 59 ms on an idle machine).
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    set_defaults()
     app()
 
 

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from engine.process import ProcessClient
 from engine.stats import EngineInfo
 from engine.supervision import Supervision
+from engine.threads import give_way
 from server.app import create_app
 from server.drain import Draining
 from server.listener import refused
@@ -48,6 +49,7 @@ async def _run(deployment: Deployment, listener: socket.socket, say: Say) -> Non
         try:
             info = await _loaded_by(server, serving, app)
             say(_loaded(info))
+            give_way()
             ending.serve(server, app.state.draining, deployment.server.drain_seconds)
             say(_ready(deployment, listener))
         except BaseException:

@@ -14,7 +14,8 @@ def bind(settings: ServerSettings) -> socket.socket:
     listener: socket.socket | None = None
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sends small writes at once only where the protocol is named; else a body waits 40 ms for the receipt of its headers
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections to time out
         listener.bind(address)
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be, such as a..b

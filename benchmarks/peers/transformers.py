@@ -6,7 +6,6 @@ measured apart, with long prompts and one new token. Standard output gets one JS
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from benchmarks.output import progress_bar, write
 from benchmarks.prompts import Prompt
 from benchmarks.stats import Estimate
 from benchmarks.turns import Rows, Sides, Turns, compare, in_turns
+from engine.threads import set_defaults
 from server.cli import one_line_errors
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Work:
 
 def main() -> None:
     """Entry point of the module."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `cascade` does; read when torch is loaded
+    set_defaults()  # as `cascade` does
     app()
 
 

@@ -15,7 +15,7 @@ from engine.model.fused import QuickNorm, quick_norm
 @torch.inference_mode()
 def test_a_known_norm_becomes_one_operation_with_the_same_bits(own: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
-    own.weight.data.copy_(torch.randn(24, generator=generator))
+    own.load_state_dict({"weight": torch.randn(24, generator=generator)})
     quick = quick_norm(own)
     assert isinstance(quick, QuickNorm)
     x = 50 * torch.randn(5, 7, 24, generator=generator)

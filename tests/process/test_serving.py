@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
@@ -179,6 +180,16 @@ def stream_from(it: Program, num_tokens: int) -> Iterator[str]:
     body = {"model": "tiny", "prompt": [5], "max_tokens": num_tokens, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
         yield from response.iter_lines()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
+async def test_the_thread_that_serves_gives_way_and_no_engine_inherits_that() -> None:
+    with program("Ready on", delay=0.01) as it:
+        assert (os.getpriority(os.PRIO_PROCESS, it.process.pid), it.engine.nice()) == (19, 0)
+        it.engine.kill()
+        await until(lambda: engines(it.process.pid) not in ([it.engine], []))
+        (engine,) = engines(it.process.pid)
+        assert (engine.nice(), os.sched_getscheduler(engine.pid)) == (0, os.SCHED_OTHER)
 
 
 def test_sigterm_lets_what_runs_finish_and_ends_the_engine() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -150,6 +151,20 @@ def test_a_taken_port_is_one_line() -> None:
         with pytest.raises(ConfigError) as caught:
             bind(ServerSettings(port=port))
     assert str(caught.value) == f"server.port: Port {port} on 127.0.0.1 is in use; choose another with --port."
+
+
+async def test_an_answer_is_sent_at_once() -> None:
+    """Else a body waits 40 ms for the receipt of its headers, whenever a connection is used again."""
+    accepted = asyncio.get_running_loop().create_future()
+    listener = bind(ServerSettings(port=0))
+    server = await asyncio.start_server(lambda _, writer: accepted.set_result(writer), sock=listener)
+    async with server:
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        answering = await accepted
+        assert answering.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        answering.close()
+        writer.close()
+        await asyncio.gather(answering.wait_closed(), writer.wait_closed())
 
 
 def test_a_taken_port_is_said_before_anything_heavy_is_imported() -> None:
