@@ -10,7 +10,14 @@ import psutil
 
 def engines(parent: int | None = None) -> list[psutil.Process]:
     """Those of a process, None for this one. It may have other children, such as trackers of multiprocessing."""
-    return [child for child in psutil.Process(parent).children() if "engine.child" in child.cmdline()]
+    return [child for child in psutil.Process(parent).children() if "engine.child" in _command_of(child)]
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):  # it has just ended
+        return []
 
 
 def folders() -> list[str]:
