@@ -6,6 +6,7 @@ Every comparison runs in turns within one process: prompt by prompt, several rep
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,18 +14,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pydantic import ValidationError
+import msgspec
+import torch
 
 from benchmarks.body import BodyMaker
 from benchmarks.client import PATHS, HttpTarget, base_url_of, open_client
 from benchmarks.errors import BenchmarkError, RequestFailed
 from benchmarks.load import closed_loop, run_load
 from benchmarks.programs import EngineProgram, PromptEncoder, Run, TransformersProgram, engine_program, variant
-from benchmarks.prompts import BUILT_IN, Prompt, random_words, read, shuffled
+from benchmarks.prompts import BUILT_IN, Prompt, of_text, random_words, read, shuffled
 from benchmarks.served import ServedDeployment, serve
-from benchmarks.stats import Estimate, estimate
+from benchmarks.stats import Estimate, estimate, estimate_mean_per
 from benchmarks.turns import Comparison, Rows, Sides, Turns, compare, in_turns
 from engine.config import EngineConfig
+from engine.core import EngineCore
 from engine.plan import Chunk, DraftBatch, QKind, StepPlan
 from engine.request import Choice, Request, SamplingParams
 from engine.sequence import Sequence
@@ -52,6 +55,7 @@ class Setting:
 
     config: Path
     data: Path  # spec_bench_dev.jsonl
+    answers: Path  # gsm8k_test_dev.jsonl
     repetitions: int
     is_quick: bool  # shows that a bar runs; its figures mean little
     tick: Callable[[], None] = lambda: None  # after every prompt
@@ -107,18 +111,17 @@ def forward_window(setting: Setting) -> Measured:
     runner = core._parts.runner  # the very pass that a step runs; nothing public runs it alone
 
     def made(_: int) -> Sequence:
-        request = Request(id="window", prompt_ids=encoder.words(context + 1), sampling=SamplingParams(max_tokens=8, temperature=0.0))
-        seq = Sequence(request, Choice())
-        seq.block_table = list(range(-(-(context + 8) // core.info.block_size)))
-        runner.forward(*_window(seq, num_tokens=context + 1, num_draft=0))
+        seq = _alone(core, encoder.words(context + 1), 8)
+        runner.forward(*_window(seq, num_tokens=context + 1))
         seq.num_computed = context
         return seq
 
     def milliseconds(seq: Sequence, num_draft: int) -> float:
+        drafts = tuple(seq.tokens[:num_draft])  # which tokens does not matter to the time
         times = []
         for _ in range(passes):
             start = time.perf_counter()
-            logits, _ = runner.forward(*_window(seq, num_tokens=1, num_draft=num_draft))
+            logits, _ = runner.forward(*_window(seq, num_tokens=1, drafts=drafts))
             float(logits[0, 0])  # waits for the device
             times.append(1000 * (time.perf_counter() - start))
         return median(times)
@@ -161,11 +164,7 @@ def eight_streams(setting: Setting) -> Measured:
 
 def int8(setting: Setting) -> Measured:
     """Tokens a second of one int8 stream over those of one float32 stream, no drafts."""
-    try:
-        config = setting.engine(NO_DRAFTER, INT8)
-    except ValidationError as error:
-        raise BarSkipped("this version has no model.target.quantization: int8") from error
-    quantised, plain = engine_program(config), engine_program(setting.engine(NO_DRAFTER, FLOAT32))
+    quantised, plain = engine_program(setting.engine(NO_DRAFTER, INT8)), engine_program(setting.engine(NO_DRAFTER, FLOAT32))
     prompts, num_tokens = _built_in(setting.size(6, 2)), setting.size(128, 8)
     sides = Sides(
         _encoded(plain, prompts),
@@ -173,6 +172,26 @@ def int8(setting: Setting) -> Measured:
     )
     rows = in_turns(sides, setting.turns(len(prompts)))
     return _measured(compare(rows, _rate_ratio), _rates(rows) | _equal_texts(rows))
+
+
+def int8_perplexity(setting: Setting) -> Measured:
+    """exp of how much less likely, a token, int8 weights find answers that people wrote."""
+    if not setting.answers.exists():
+        raise BarSkipped(f"{setting.answers} is not there; --answers names GSM8K (question, answer)")
+    examples = [msgspec.json.decode(line, type=_Example) for line in setting.answers.read_bytes().splitlines()[: setting.size(100, 2)]]
+    cores = [engine_program(setting.engine(NO_DRAFTER, change)).core for change in (INT8, FLOAT32)]
+    encoder = PromptEncoder(cores[0].info.target_path)
+    worse, losses, counts = list[float](), list[float](), list[int]()
+    for example in examples:
+        question, answer = encoder.new(of_text(example.question)), encoder.continuation(example.answer)
+        quantised, plain = (_loss(core, question, answer) for core in cores)
+        worse.append(quantised - plain)
+        losses.append(plain)
+        counts.append(len(answer))
+        setting.tick()
+    value = estimate_mean_per(worse, counts)
+    ratio = Estimate(math.exp(value.median), math.exp(value.low), math.exp(value.high))
+    return Measured(ratio, (ratio.median,), {"float32_perplexity": math.exp(sum(losses) / sum(counts)), "tokens": sum(counts)})
 
 
 # ---------------------------------------------------------------------- of the server
@@ -262,19 +281,40 @@ def _encoded(engine: EngineProgram, prompts: list[Prompt]) -> Callable[[int], tu
     return lambda i: encoder.new(prompts[i])
 
 
-def _window(seq: Sequence, num_tokens: int, num_draft: int) -> tuple[StepPlan, DraftBatch]:
-    """One sequence with drafts behind its pending tokens; which tokens are drafted does not matter to the time."""
-    plan = StepPlan((Chunk(seq, num_tokens, completes=True, max_draft=num_draft),))
-    drafts = DraftBatch(
-        lengths=(num_draft,),
-        ids=[list(seq.tokens[:num_draft])],
-        kinds=[[*([int(QKind.ONE_HOT)] * num_draft), int(QKind.NONE)]],
+def _window(seq: Sequence, num_tokens: int, drafts: tuple[int, ...] = ()) -> tuple[StepPlan, DraftBatch]:
+    """One sequence with drafts behind its pending tokens."""
+    plan = StepPlan((Chunk(seq, num_tokens, completes=True, max_draft=len(drafts)),))
+    batch = DraftBatch(
+        lengths=(len(drafts),),
+        ids=[list(drafts)],
+        kinds=[[*([int(QKind.ONE_HOT)] * len(drafts)), int(QKind.NONE)]],
         rows=None,
         drafter_computed=(0,),
         lagging=(False,),
         num_calls=(0,),
     )
-    return plan, drafts
+    return plan, batch
+
+
+class _Example(msgspec.Struct):
+    """A line of GSM8K."""
+
+    question: str
+    answer: str
+
+
+def _loss(core: EngineCore, question: tuple[int, ...], answer: tuple[int, ...]) -> float:
+    """Nats of an answer behind its question, in one pass: the answer stands where drafts would."""
+    seq = _alone(core, question, len(answer) + 1)
+    logits, _ = core._parts.runner.forward(*_window(seq, num_tokens=len(question), drafts=answer))
+    return torch.nn.functional.cross_entropy(logits[: len(answer)].float(), torch.tensor(answer), reduction="sum").item()
+
+
+def _alone(core: EngineCore, prompt: tuple[int, ...], max_tokens: int) -> Sequence:
+    """A sequence with the first blocks of an engine that has no other."""
+    seq = Sequence(Request(id="alone", prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0)), Choice())
+    seq.block_table = list(range(-(-(len(prompt) + max_tokens) // core.info.block_size)))
+    return seq
 
 
 def _measured(comparison: Comparison, detail: Mapping[str, Any]) -> Measured:
@@ -322,6 +362,7 @@ MEASURES: Mapping[str, Callable[[Setting], Measured]] = {
     "eight-streams": eight_streams,
     "prefill": prefill,
     "int8": int8,
+    "int8-perplexity": int8_perplexity,
     "start": start,
     "http-overhead": http_overhead,
     "memory": memory,

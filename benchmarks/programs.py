@@ -73,6 +73,10 @@ class PromptEncoder:
         head = {"role": "system", "content": f"{next(self._numbers)}. You are a helpful assistant."}
         return [head, *(message for message in prompt.messages if message["role"] != "system")]
 
+    def continuation(self, text: str) -> tuple[int, ...]:
+        """Ids of what goes on where a prompt ends."""
+        return tuple(self._tokenizer.encode(text)[len(self._tokenizer.encode("")) :])
+
     def words(self, num_tokens: int) -> tuple[int, ...]:
         """Exactly so many tokens of random words."""
         text = random_words(num_tokens, seed=next(self._numbers)).messages[0]["content"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-DATA = Path(__file__).parents[2] / "shared" / "data" / "spec_bench_dev.jsonl"
+DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ BARS = {
     "eight-streams": Bar("8 streams together over one after another, no drafts: tokens/s", 4.0, "at least"),
     "prefill": Bar("a prompt of 1,500 tokens: transformers' time over ours", 1.2, "at least"),
     "int8": Bar("one stream in int8 over float32, no drafts: tokens/s", 2.0, "at least"),
+    "int8-perplexity": Bar("perplexity of GSM8K's answers in int8 over that in float32", 1.01, "at most"),
     "start": Bar("cascade serve to ready, not the first start", 12.0, "at most", " s"),
     "http-overhead": Bar("time per token of an HTTP client, less that of the engine stepped in a program", 2.0, "at most", " ms"),
     "memory": Bar("resident memory of server and engine after 200 requests over that after 20", 1.05, "at most"),
@@ -105,7 +106,8 @@ def main() -> None:
 def speed(
     bar: Annotated[list[str] | None, typer.Option(metavar="NAME", help=f"One of {', '.join(BARS)}; several times for several.")] = None,
     config: Annotated[Path, typer.Option(metavar="FILE", help="The deployment whose models are used.")] = Path("configs/default.yaml"),
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Spec-Bench's questions, for the bar ngram.")] = DATA,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Spec-Bench's questions, for the bar ngram.")] = DATA / "spec_bench_dev.jsonl",
+    answers: Annotated[Path, typer.Option(metavar="FILE", help="GSM8K, for int8-perplexity.")] = DATA / "gsm8k_test_dev.jsonl",
     repetitions: Annotated[int, typer.Option(metavar="N", min=1, help="How often each prompt is measured.")] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Only show that it runs: few prompts, few tokens, once.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result there as JSON.")] = None,
@@ -119,7 +121,7 @@ def speed(
             raise BenchmarkError(f"--bar {unknown[0]}: there is none of that name; there are {', '.join(BARS)}.")
         from benchmarks.bars import Setting  # torch and transformers take seconds
 
-        setting = Setting(config, data, 1 if quick else repetitions, quick)
+        setting = Setting(config, data, answers, 1 if quick else repetitions, quick)
         setting.engine()  # mistakes in the file are said before anything is measured
         results = [_measure(name, setting, console) for name in names]
         report = _report(results, config, quick)

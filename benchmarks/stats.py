@@ -20,7 +20,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """The median of a sample and the 95 % bootstrap interval of that median."""
+    """A figure, usually the median of a sample, and its 95 % bootstrap interval."""
 
     median: float
     low: float
@@ -49,3 +49,11 @@ def estimate(values: Sequence[float], num_resamples: int = 5000, seed: int = 0) 
     drawn = np.random.default_rng(seed).choice(sample, size=(num_resamples, len(sample)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
     return Estimate(float(np.median(sample)), float(low), float(high))
+
+
+def estimate_mean_per(totals: Sequence[float], counts: Sequence[int], num_resamples: int = 5000, seed: int = 0) -> Estimate:
+    """sum(totals) / sum(counts) and its 95 % percentile bootstrap over the pairs, such as loss and tokens of one answer each."""
+    total, count = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(total), size=(num_resamples, len(total)))
+    low, high = np.percentile(total[drawn].sum(axis=1) / count[drawn].sum(axis=1), [2.5, 97.5])
+    return Estimate(float(total.sum() / count.sum()), float(low), float(high))

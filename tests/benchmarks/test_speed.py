@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import bars, programs
@@ -18,11 +19,12 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.prompts import of_text
 from benchmarks.served import serve
 from benchmarks.speed import BARS, Bar, app
+from engine.model.loader import load as load_model
 
 
 @pytest.fixture
 def setting(tiny_config: Path, tmp_path: Path) -> Setting:
-    return Setting(tiny_config, tmp_path / "absent.jsonl", repetitions=1, is_quick=True)
+    return Setting(tiny_config, tmp_path / "absent.jsonl", tmp_path / "absent.jsonl", repetitions=1, is_quick=True)
 
 
 def test_every_bar_has_a_measure() -> None:
@@ -60,6 +62,21 @@ def test_drafts_change_no_text_and_absent_questions_skip_the_bar(setting: Settin
     questions.write_text(json.dumps(lines[0]))
     with pytest.raises(BenchmarkError, match="lacks the questions 251"):
         MEASURES["ngram"](setting)
+
+
+def test_perplexity_is_that_of_the_answers_alone(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the model's own loss, one token after the other; int8 of float32's own weights differs, float32 of itself does not."""
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps({"question": f"the {word} of", "answer": f"{word} is the {word}"}) + "\n" for word in ("a", "the")))
+    monkeypatch.setattr(bars, "INT8", {})
+    measured = MEASURES["int8-perplexity"](replace(setting, answers=file))
+    assert (measured.value.low, measured.value.median, measured.value.high) == (1, 1, 1)
+    core = programs.engine_program(setting.engine(bars.NO_DRAFTER)).core
+    question, answer = (5, 6, 7, 8), (9, 10, 11)
+    theirs = load_model(Path(core.info.target_path), torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        rows = theirs(torch.tensor([question + answer])).logits[0, 3:6].log_softmax(-1)
+    assert bars._loss(core, question, answer) == pytest.approx(-rows[range(3), answer].sum().item(), rel=1e-4)
 
 
 def test_answers_that_end_at_once_leave_the_time_per_token_to_the_others(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
