@@ -37,15 +37,18 @@ def environment(program: str) -> Environment:
 
 
 def _arguments(program: str) -> list[str]:
-    """Keys are left out: a result is made to be shown."""
+    """Keys are left out: a result is made to be shown. So is --output: where a result was written is no part of it."""
     arguments = list(sys.argv[1:])
     if program == "cascade bench" and arguments[:1] == ["bench"]:
         del arguments[0]
-    return ["--api-key=(hidden)" if a.startswith("--api-key=") else _hidden_behind(arguments, i) for i, a in enumerate(arguments)]
-
-
-def _hidden_behind(arguments: list[str], index: int) -> str:
-    return "(hidden)" if index and arguments[index - 1] == "--api-key" else arguments[index]
+    shown: list[str] = []
+    for argument, before in zip(arguments, ["", *arguments], strict=False):
+        if argument.startswith("--output") or before == "--output":
+            continue
+        if argument.startswith("--api-key="):
+            argument = "--api-key=(hidden)"
+        shown.append("(hidden)" if before == "--api-key" else argument)
+    return shown
 
 
 def _processor() -> str:

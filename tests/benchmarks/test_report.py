@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.environment import environment
 from benchmarks.errors import BenchmarkError
 from benchmarks.report import BEGIN, END, FOLDER, app, table_of, with_table
 
@@ -50,3 +51,9 @@ def test_only_what_stands_between_the_markers_changes() -> None:
 def test_the_readme_shows_the_results_that_are_there() -> None:
     assert CliRunner().invoke(app, ["--check"]).exit_code == 0
     assert BEGIN in (FOLDER / "README.md").read_text("utf-8")
+
+
+def test_a_command_is_shown_without_keys_and_without_where_its_result_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["cascade", "bench", "--output", "/home/a/x.json", "--api-key", "k", "--seed", "1", "--output=/home/a/y", "--api-key=k"]
+    monkeypatch.setattr("sys.argv", asked)
+    assert environment("cascade bench").command == "cascade bench --api-key '(hidden)' --seed 1 '--api-key=(hidden)'"
