@@ -40,8 +40,11 @@ from engine.request import Choice, Request, SamplingParams
 from engine.sampling.distributions import Distributions
 from engine.sched.scheduler import Limits, Scheduler
 from engine.stats import EngineInfo
+from engine.verify.block import BlockVerifier
 from engine.verify.rules import RULES
 from engine.verify.verifier import Verifier
+
+VERIFIERS = {"token": Verifier, "block": BlockVerifier}
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         drafter=_make_drafter(config, drafter, distributions, extras.rules, (memory.num_blocks, vocab_size)),
         runner=ModelRunner(PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)),
         distributions=distributions,
-        verifier=Verifier(extras.rules),
+        verifier=VERIFIERS[config.speculation.verification](extras.rules),
         max_drafter_tokens=config.engine.max_drafter_tokens or config.engine.max_step_tokens,
     )
     info = EngineInfo(
@@ -147,7 +150,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         vocab_size=vocab_size,
         max_model_len=memory.max_model_len,
         end_token_ids=target.end_token_ids,
-        rules=tuple(extras.rules),
+        rules=tuple(name for name, rule in extras.rules.items() if config.model.drafter.has_probabilities or not rule.needs_q),
         max_draft=policy.max_length,
         max_sequences=config.engine.max_sequences,
         num_blocks=memory.num_blocks,

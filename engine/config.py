@@ -5,9 +5,11 @@ Plug-ins are tagged unions: the drafter by `kind`, the draft-length policy by `p
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+
+from engine.dials import DIALS
 
 
 class Section(BaseModel):
@@ -32,12 +34,14 @@ class ModelSource(Section):
 class NoDrafterConfig(Section):
     """The target alone."""
 
+    has_probabilities: ClassVar[bool] = False
     kind: Literal["none"] = "none"
 
 
 class NGramDrafterConfig(Section):
     """Prompt lookup: what followed the last few tokens when they last occurred in prompt or answer."""
 
+    has_probabilities: ClassVar[bool] = False
     kind: Literal["ngram"] = "ngram"
     max_n: int = Field(3, ge=1, le=8, description="longest run of tokens that is looked up first")
     min_n: int = Field(1, ge=1, le=8, description="shortest run that is looked up")
@@ -52,6 +56,7 @@ class NGramDrafterConfig(Section):
 class ModelDrafterConfig(ModelSource):
     """A second, smaller model of the same vocabulary."""
 
+    has_probabilities: ClassVar[bool] = True
     kind: Literal["model"] = "model"
 
 
@@ -81,7 +86,10 @@ class HeuristicLengthConfig(Section):
 
 LengthConfig = Annotated[FixedLengthConfig | HeuristicLengthConfig, Field(discriminator="policy")]
 
-RuleName = Literal["exact"]
+RuleName = Literal[
+    "exact", "lossy", "chow", "diff", "opt", "token_v1", "token_v2", "token_v3", "chow_log", "diff_log", "bild"
+]  # as in engine/dials.py
+Alpha = Annotated[float | None, Field(description="the rule's dial: larger trusts the drafter more; null: the rule's default")]
 
 
 class ModelPair(Section):
@@ -98,6 +106,7 @@ class Preset(Section):
 
     enabled: bool = True
     rule: RuleName | None = Field(None, description="null: the deployment's")
+    alpha: Alpha = None
     max_draft: int | None = Field(None, ge=0, le=64)
 
 
@@ -105,8 +114,21 @@ class SpeculationConfig(Section):
     """How drafts are judged and how many there are, unless the request says otherwise."""
 
     rule: RuleName = "exact"
+    alpha: Alpha = None
+    verification: Literal["token", "block"] = Field("token", description="block: more drafts stand, and a seed fixes the law, not the text")
     draft_length: LengthConfig = HeuristicLengthConfig()
     presets: dict[Annotated[str, Field(min_length=1, pattern=r"^[^:\s]+$")], Preset] = {}
+    allow_rules: tuple[RuleName, ...] | None = Field(None, description="rules that a request may ask for; null: all")
+    max_alpha: dict[RuleName, float] = Field({}, description="the largest alpha that a request may ask for, by rule")
+
+    def judged_by(self, preset: Preset | None = None) -> tuple[RuleName, float]:
+        """Rule and alpha of requests that name none."""
+        if preset is None or preset.rule in (None, self.rule):
+            rule, alpha = self.rule, self.alpha
+        else:
+            rule, alpha = preset.rule, None
+        alpha = preset.alpha if preset is not None and preset.alpha is not None else alpha
+        return rule, DIALS[rule].default if alpha is None else alpha
 
 
 class RuntimeConfig(Section):
@@ -128,3 +150,24 @@ class EngineConfig(Section):
     model: ModelPair
     speculation: SpeculationConfig = SpeculationConfig()
     engine: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _can_judge(self) -> EngineConfig:
+        """Every rule that the file names can read what this drafter gives, and every alpha means something to its rule."""
+        speculation, drafter = self.speculation, self.model.drafter
+        named = {"": (speculation.rule, speculation.alpha)}
+        named |= {f"presets.{name}.": (speculation.judged_by(preset)[0], preset.alpha) for name, preset in speculation.presets.items()}
+        for place, (rule, alpha) in named.items():
+            if DIALS[rule].needs_q and not drafter.has_probabilities:
+                raise ValueError(
+                    f"speculation.{place}rule: {rule} - reads the drafter's probabilities, and a drafter of kind {drafter.kind} has none"
+                )
+            _check_alpha(f"speculation.{place}alpha", rule, alpha)
+        for rule, bound in speculation.max_alpha.items():
+            _check_alpha(f"speculation.max_alpha.{rule}", rule, bound)
+        return self
+
+
+def _check_alpha(key: str, rule: RuleName, alpha: float | None) -> None:
+    if alpha is not None and (mistake := DIALS[rule].mistake(alpha)):
+        raise ValueError(f"{key}: {alpha:g} - {mistake} for the rule {rule}")

@@ -131,6 +131,7 @@ class Verdict:
     num_accepted: tuple[int, ...]  # [B]
     deferred_masks: tuple[int, ...]  # [B] see request.Round
     lossy_masks: tuple[int, ...]  # [B]
+    bonus_is_drafted: tuple[bool, ...]  # [B] the last token is the bonus, and the drafter wrote it
 
 
 class Drafter(Protocol):
@@ -163,7 +164,7 @@ class DraftLengthPolicy(Protocol):
 
 
 class RawRows(Protocol):
-    """Distributions that rules read: softmax of the hard-masked logits at temperature 1. Computed when first asked for."""
+    """What rules read of N rows. q and p are softmax of the hard-masked logits at temperature 1. Computed when first asked for."""
 
     @property
     def q(self) -> Tensor: ...  # [N, V]
@@ -171,12 +172,19 @@ class RawRows(Protocol):
     @property
     def p(self) -> Tensor: ...  # [N, V]
 
+    @property
+    def total_variation(self) -> Tensor: ...  # [N, 1] sum of max(0, q - p) of the processed rows, those that are sampled from
+
+    @property
+    def is_greedy(self) -> Tensor: ...  # [N, 1] booleans
+
 
 class Rule(Protocol):
     """Says which drafted tokens may stand, as a keep-set A per row."""
 
-    needs_q: bool  # reads raw.q; rows without it are then verified with pi = p
+    needs_q: bool  # rows without q are verified with pi = p
     is_lossless: bool  # keeps nothing, so that pi = p
+    is_lenient: bool  # where nothing is kept, pi is not p: drafts stand with probability min(1, p / ((1 - alpha) q)), see rules.Lossy
 
     def keep(self, raw: RawRows, alpha: Tensor) -> Tensor:
         """A as booleans, [N, V], or [N, 1] for a rule that keeps all tokens or none. `alpha` is [N, 1].

@@ -85,6 +85,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     round: Round | None = None  # None where nothing was drafted
+    drafted_mask: int = 0  # bit i: token i is the drafter's own word, kept; the others were drawn by the target or from pi
     num_cached_tokens: int = 0  # leading prompt tokens that were not computed again
     queue_seconds: float = 0.0  # from arrival to the first step that ran a token of it
     num_target_calls: int = 0  # passes of the target that this choice took part in, so far

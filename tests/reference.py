@@ -7,7 +7,9 @@ distributions are written a second time here, in plain Python, so that a mistake
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,17 +18,60 @@ import torch
 from engine.request import Request, SamplingParams
 
 Row = tuple[float, ...]
-KeepSet = Callable[[Row, Row], list[bool]]
 DRAFT, ACCEPT, RECOVER = 1, 2, 3
 
+
+@dataclass(frozen=True)
+class Pair:
+    """Both models' rows at one position: raw (temperature 1) and as they are sampled from."""
+
+    raw_q: Row
+    raw_p: Row
+    q: Row
+    p: Row
+    is_greedy: bool = False
+
+    @property
+    def distance(self) -> float:
+        return min(1.0, sum(max(0.0, a - b) for a, b in zip(self.q, self.p, strict=True)))
+
+    def everywhere(self, kept: bool) -> list[bool]:
+        return [kept] * len(self.p)
+
+
+KeepSet = Callable[[Pair, float], list[bool]]
 KEEPS: Mapping[str, KeepSet] = {
-    "exact": lambda q, p: [False] * len(p),
-    "keep_none": lambda q, p: [False] * len(p),
-    "keep_all": lambda q, p: [True] * len(p),
-    "likely": lambda q, p: [x >= 0.5 * max(p) for x in p],
-    "confident": lambda q, p: [max(q) >= 0.3] * len(p),
+    "exact": lambda at, alpha: at.everywhere(False),
+    "lossy": lambda at, alpha: [at.is_greedy and x >= (1 - alpha) * max(at.raw_p) for x in at.raw_p],
+    "chow": lambda at, alpha: at.everywhere(max(at.raw_q) >= 1 - alpha),
+    "diff": lambda at, alpha: at.everywhere(max(at.raw_q) >= max(at.raw_p) - alpha),
+    "opt": lambda at, alpha: at.everywhere(max(at.raw_q) >= max(at.raw_p) - alpha * at.distance),
+    "token_v1": lambda at, alpha: [x >= max(at.raw_p) - alpha for x in at.raw_q],
+    "token_v2": lambda at, alpha: [x >= max(at.raw_p) - alpha for x in at.raw_p],
+    "token_v3": lambda at, alpha: [x >= (1 - alpha) * max(at.raw_p) for x in at.raw_p],
+    "chow_log": lambda at, alpha: at.everywhere(entropy(at.raw_q) <= alpha),
+    "diff_log": lambda at, alpha: at.everywhere(entropy(at.raw_q) <= entropy(at.raw_p) + alpha),
+    "bild": lambda at, alpha: at.everywhere(at.distance <= alpha),
+    "keep_none": lambda at, alpha: at.everywhere(False),
+    "keep_all": lambda at, alpha: at.everywhere(True),
 }
-NEEDS_Q = {"keep_all", "confident"}
+NEEDS_NO_Q = {"exact", "token_v2", "token_v3", "keep_none"}
+
+
+def entropy(row: Row) -> float:
+    return -sum(x * math.log(x) for x in row if x > 0)
+
+
+def pi_of(rule: str, alpha: float, at: Pair) -> Row:
+    """What a position's token is to follow, written out."""
+    if rule == "lossy" and not at.is_greedy:
+        kept = [min(a, b / (1 - alpha)) if alpha < 1 else a * (b > 0) for a, b in zip(at.q, at.p, strict=True)]
+        missing = [max(0.0, b - a) for a, b in zip(at.q, at.p, strict=True)]
+        share = max(0.0, 1 - sum(kept)) / (sum(missing) or 1)
+        return tuple(k + share * m for k, m in zip(kept, missing, strict=True))
+    keep = [k and x > 0 for k, x in zip(KEEPS[rule](at, alpha), at.raw_p, strict=True)]
+    eta = max(0.0, 1 - sum(a for a, k in zip(at.q, keep, strict=True) if k))
+    return tuple(a * k + eta * b for a, b, k in zip(at.q, at.p, keep, strict=True))
 
 
 class NaiveModel:
@@ -123,10 +168,8 @@ def answer(
             token = draw(p, u[2])
         else:
             q_logits = mask(tokens, drafter.logits(tokens))
-            q, raw_p = processed(penalty(tokens, q_logits), sampling), softmax(p_logits)
-            keep = [k and x > 0 for k, x in zip(KEEPS[speculation.rule](softmax(q_logits), raw_p), raw_p, strict=True)]
-            eta = max(0.0, 1 - sum(a for a, k in zip(q, keep, strict=True) if k))
-            pi = [a * k + eta * b for a, b, k in zip(q, p, keep, strict=True)]
+            q = processed(penalty(tokens, q_logits), sampling)
+            pi = pi_of(speculation.rule, speculation.alpha, Pair(softmax(q_logits), softmax(p_logits), q, p, sampling.is_greedy))
             token = draw(q, u[0])
             if u[1] * q[token] >= pi[token]:
                 token = draw([max(0.0, b - a) for a, b in zip(q, pi, strict=True)], u[2])

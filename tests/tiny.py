@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ByteSize
@@ -116,6 +116,7 @@ class KeepNone:
 
     needs_q = False
     is_lossless = False
+    is_lenient = False
 
     def keep(self, raw: RawRows, alpha: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(raw.p, dtype=torch.bool)
@@ -126,29 +127,10 @@ class KeepAll:
 
     needs_q = True
     is_lossless = False
+    is_lenient = False
 
     def keep(self, raw: RawRows, alpha: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(alpha, dtype=torch.bool)
-
-
-class Likely:
-    """A token rule: keeps what the target finds half as likely as its favourite."""
-
-    needs_q = False
-    is_lossless = False
-
-    def keep(self, raw: RawRows, alpha: torch.Tensor) -> torch.Tensor:
-        return raw.p >= 0.5 * raw.p.amax(-1, keepdim=True)
-
-
-class Confident:
-    """A position rule: keeps all where the drafter is confident, nothing elsewhere."""
-
-    needs_q = True
-    is_lossless = False
-
-    def keep(self, raw: RawRows, alpha: torch.Tensor) -> torch.Tensor:
-        return raw.q.amax(-1, keepdim=True) >= 0.3
 
 
 class ForbidByPosition:
@@ -191,8 +173,6 @@ TEST_RULES: dict[str, Rule] = {
     **RULES,
     "keep_none": KeepNone(),
     "keep_all": KeepAll(),
-    "likely": Likely(),
-    "confident": Confident(),
 }
 
 
@@ -204,6 +184,7 @@ class Setup:
     drafter: str = "model"  # none, ngram, model
     drafter_context: int = 10**9
     policy: LengthConfig = field(default_factory=lambda: FixedLengthConfig(max=4))
+    verification: Literal["token", "block"] = "token"
     num_blocks: int = 64
     block_size: int = 4
     max_step_tokens: int = 32
@@ -235,7 +216,7 @@ def make_core(setup: Setup) -> EngineCore:
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(
         model=ModelPair(name="tiny", target=ModelSource(source="target"), drafter=_DRAFTERS[setup.drafter]),
-        speculation=SpeculationConfig(draft_length=setup.policy),
+        speculation=SpeculationConfig(draft_length=setup.policy, verification=setup.verification),
         engine=RuntimeConfig(
             device=setup.device,
             max_sequences=setup.max_sequences,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from engine.dials import DIALS
 from engine.errors import ContextLengthExceeded, InvalidRequest, QueueFull
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, SpeculationParams
 from engine.stats import EngineInfo
 
 
@@ -39,14 +40,21 @@ class Admission:
             raise InvalidRequest("A request needs at least one choice, and every choice an index of its own.", "choices")
         if any(len(choice.output_ids) >= sampling.max_tokens for choice in request.choices):
             raise InvalidRequest("A choice has already emitted max_tokens tokens; nothing is left to do.", "choices")
-        if request.speculation.rule not in info.rules:
-            raise InvalidRequest(
-                f"Unknown rule {request.speculation.rule!r}; this deployment has {', '.join(info.rules)}.", "speculation.rule"
-            )
+        self._check_speculation(request.speculation)
         if len(request.choices) > info.max_sequences + self._max_queued:
             raise InvalidRequest(
                 f"n is {len(request.choices)} and must be at most {info.max_sequences + self._max_queued}, what this server can hold.", "n"
             )
+
+    def _check_speculation(self, speculation: SpeculationParams) -> None:
+        rule, have = speculation.rule, f"this deployment has {', '.join(self._info.rules)}."
+        if rule not in self._info.rules:
+            if rule in DIALS:
+                message = f"The rule {rule} reads the drafter's probabilities, and this drafter has none; {have}"
+                raise InvalidRequest(message, "speculation.rule")
+            raise InvalidRequest(f"Unknown rule {rule!r}; {have}", "speculation.rule")
+        if rule in DIALS and (mistake := DIALS[rule].mistake(speculation.alpha)):
+            raise InvalidRequest(f"alpha is {speculation.alpha:g} and {mistake} for the rule {rule}.", "speculation.alpha")
 
     @staticmethod
     def _check_sampling(sampling: SamplingParams) -> None:

@@ -233,6 +233,7 @@ class Scheduler:
             token_ids=kept,
             finish_reason=reason,
             round=became if num_draft else None,
+            drafted_mask=_drafted_mask(verdict, row) & ((1 << len(kept)) - 1),
             num_cached_tokens=seq.num_cached or 0,
             queue_seconds=seq.queue_seconds,
             num_target_calls=seq.num_target_calls,
@@ -270,3 +271,9 @@ class Scheduler:
             assert awaited.isdisjoint(seq.block_keys[: seq.num_published]), "a block is awaited that was published"
             assert seq.drafter_computed <= seq.num_computed < len(seq.tokens), "a watermark is off"
             assert len(seq.block_table) >= self.pool.blocks_for(seq.num_computed), "KV without a block"
+
+
+def _drafted_mask(verdict: Verdict, row: int) -> int:
+    """Bit i: the drafter wrote token i of what was emitted."""
+    num_accepted = verdict.num_accepted[row]
+    return (1 << num_accepted) - 1 | verdict.bonus_is_drafted[row] << num_accepted

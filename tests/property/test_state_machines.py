@@ -122,7 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _commit(self, data: st.DataObject, plan: StepPlan, lengths: list[int], marks: list[int]) -> None:
         accepted = [data.draw(st.integers(0, n)) for n in lengths]
         ids = tuple(tuple(data.draw(TOKENS) for _ in range(m + 1)) for m in accepted)
-        verdict = Verdict(ids, tuple(accepted), (0,) * len(ids), (0,) * len(ids))
+        verdict = Verdict(ids, tuple(accepted), (0,) * len(ids), (0,) * len(ids), (False,) * len(ids))
         for delta in self.scheduler.commit(plan, make_drafts(plan, lengths, marks), verdict):
             key = delta.request_id, delta.choice
             self.emitted[key] += delta.token_ids

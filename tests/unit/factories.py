@@ -41,4 +41,5 @@ def make_drafts(plan: StepPlan, lengths: list[int], drafter_computed: list[int] 
 
 def make_verdict(*emitted: tuple[int, ...]) -> Verdict:
     """All tokens but the last of each are accepted drafts."""
-    return Verdict(tuple(emitted), tuple(len(ids) - 1 for ids in emitted), (0,) * len(emitted), (0,) * len(emitted))
+    nothing = (0,) * len(emitted)
+    return Verdict(tuple(emitted), tuple(len(ids) - 1 for ids in emitted), nothing, nothing, (False,) * len(emitted))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 from engine.request import Request, SamplingParams, SpeculationParams
@@ -16,7 +15,22 @@ SAMPLING = (
     SamplingParams(max_tokens=1, temperature=0.7, top_k=5, top_p=0.9),
     SamplingParams(max_tokens=1, temperature=1.3, min_p=0.1),
 )
-RULES = ("exact", "keep_none", "keep_all", "likely", "confident")
+# alphas at which the tiny pair is kept at some positions and deferred at others
+RULES = (
+    ("exact", 0.0),
+    ("keep_none", 0.0),
+    ("keep_all", 0.0),
+    ("lossy", 0.5),
+    ("chow", 0.7),
+    ("diff", 0.02),
+    ("opt", 0.3),
+    ("token_v1", 0.1),
+    ("token_v2", 0.1),
+    ("token_v3", 0.5),
+    ("chow_log", 1.8),
+    ("diff_log", -0.1),
+    ("bild", 0.3),
+)
 
 
 def prompt(i: int) -> tuple[int, ...]:
@@ -39,8 +53,9 @@ def greedy(num: int) -> list[Request]:
 
 
 def seeded() -> list[Request]:
-    """Every rule with every way of sampling, and speculation switched off, all seeded."""
-    kinds = [*((rule, True) for rule in RULES), ("exact", False)]
+    """Every rule greedy and in one way of sampling, exact and speculation switched off in all ways; all seeded."""
+    kinds = [(rule, True, base) for i, rule in enumerate(RULES[1:]) for base in (SAMPLING[0], SAMPLING[1 + i % 3])]
+    kinds += [(RULES[0], enabled, base) for base in SAMPLING for enabled in (True, False)]
     return [
         Request(
             id=f"s{i}",
@@ -55,7 +70,7 @@ def seeded() -> list[Request]:
                 is_seeded=True,
                 stop_token_ids=(7,) if i % 5 == 4 else (),
             ),
-            speculation=SpeculationParams(rule=rule, enabled=enabled, max_draft=2 if i % 7 == 6 else None),
+            speculation=SpeculationParams(rule=rule, alpha=alpha, enabled=enabled, max_draft=2 if i % 7 == 6 else None),
         )
-        for i, ((rule, enabled), base) in enumerate(itertools.product(kinds, SAMPLING))
+        for i, ((rule, alpha), enabled, base) in enumerate(kinds)
     ]

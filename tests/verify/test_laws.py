@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.config import FixedLengthConfig
+from engine.dials import DIALS
 from engine.plan import DraftBatch, QKind, RowBatch, Rows
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from engine.sequence import Sequence
-from engine.verify.verifier import Verifier, _Mixture, _Window
-from tests.reference import KEEPS, NEEDS_Q, Row, answer, processed, softmax
+from engine.verify.block import BlockVerifier
+from engine.verify.mixture import Mixture
+from engine.verify.verifier import Verifier
+from engine.verify.window import Window
+from tests.reference import NEEDS_NO_Q, Pair, Row, answer, pi_of, processed, softmax
 from tests.tiny import TEST_RULES, Setup, drive, make_core, naive_drafter, naive_target
+from tests.verify.requests import RULES
 
-RULES = tuple(KEEPS)
+
+def dials() -> list[tuple[str, float]]:
+    """Every rule at its ends and in between."""
+    found = [("keep_none", 0.0), ("keep_all", 0.0)]
+    for rule, dial in DIALS.items():
+        found += [(rule, alpha) for alpha in sorted({dial.low, dial.default, 0.0, 0.5, dial.high}) if dial.low <= alpha <= dial.high]
+    return found
 
 
-def sequence(rule: str, seed: int = 0) -> Sequence:
-    sampling = SamplingParams(max_tokens=9, seed=seed)
-    return Sequence(Request(id=f"x{seed}", prompt_ids=(0,), sampling=sampling, speculation=SpeculationParams(rule=rule)), Choice())
+DIALLED = dials()
+BETWEEN = tuple(dict(RULES).items())
+
+
+def sequence(rule: str, alpha: float = 0.0, seed: int = 0, temperature: float = 1.0) -> Sequence:
+    sampling, speculation = SamplingParams(max_tokens=9, seed=seed, temperature=temperature), SpeculationParams(rule=rule, alpha=alpha)
+    return Sequence(Request(id=f"x{seed}", prompt_ids=(0,), sampling=sampling, speculation=speculation), Choice())
 
 
 def at_temperature(logits: Tensor, temperature: float) -> Tensor:
@@ -35,18 +50,9 @@ def at_temperature(logits: Tensor, temperature: float) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
 
 
-def expected_pi(rule: str, q: Row, p: Row, raw_q: Row | None, raw_p: Row) -> Row:
-    """pi of one position, written out. `raw_q` None: the drafter has no probabilities, and q is one-hot."""
-    if raw_q is None and rule in NEEDS_Q:
-        return p
-    keep = [k and x > 0 for k, x in zip(KEEPS[rule](raw_q or q, raw_p), raw_p, strict=True)]
-    eta = max(0.0, 1 - sum(a for a, k in zip(q, keep, strict=True) if k))
-    return tuple(a * k + eta * b for a, b, k in zip(q, p, keep, strict=True))
-
-
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "alpha"), DIALLED)
 @pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "one-hot"])
-def test_accept_or_recover_has_exactly_the_law_pi(rule: str, is_dense: bool) -> None:
+def test_accept_or_recover_has_exactly_the_law_pi(rule: str, alpha: float, is_dense: bool) -> None:
     """q * min(1, pi / q) + lost * residual == pi to 1e-12, for every rule, temperature and mask."""
     generator, vocab, num = torch.Generator().manual_seed(5), 7, 200
     for temperature, masked in itertools.product((0.0, 0.5, 1.0), ("none", "both models", "target only")):
@@ -62,14 +68,15 @@ def test_accept_or_recover_has_exactly_the_law_pi(rule: str, is_dense: bool) -> 
         p = Rows(at_temperature(p_logits, temperature), p_logits, allowed)
         drafted = torch.randint(vocab, (num,), generator=generator)
         q = at_temperature(q_logits, temperature) if is_dense else torch.nn.functional.one_hot(drafted, vocab).double()
-        got_at, residual, full = _pieces(rule, Rows(q, q_logits, None) if is_dense else None, p, drafted, vocab)
+        got_at, residual, full = _pieces(sequence(rule, alpha, 0, temperature), Rows(q, q_logits, None) if is_dense else None, p, drafted)
         for i in range(num):
-            raw_q = softmax(tuple(q_logits[i].tolist())) if is_dense else None
-            pi = expected_pi(rule, _row(q[i]), _row(p.probs[i]), raw_q, softmax(_row(p_logits[i])))
+            raw_q = softmax(tuple(q_logits[i].tolist())) if is_dense else _row(q[i])
+            at = Pair(raw_q, softmax(_row(p_logits[i])), _row(q[i]), _row(p.probs[i]), temperature == 0)
+            pi = pi_of(rule, alpha, at) if is_dense or rule in NEEDS_NO_Q else at.p
             want = torch.tensor(pi, dtype=torch.float64)
-            torch.testing.assert_close(got_at[i], want, rtol=0, atol=1e-12)
             torch.testing.assert_close(full[i], want, rtol=0, atol=1e-12)
             kept = torch.minimum(q[i], got_at[i])  # q * min(1, pi / q)
+            torch.testing.assert_close(kept, torch.minimum(q[i], want), rtol=0, atol=1e-12)
             law = kept + (1 - kept.sum()) * residual[i] / residual[i].sum()
             torch.testing.assert_close(law, want, rtol=0, atol=1e-12)
 
@@ -82,20 +89,18 @@ def _twice(rows: Tensor) -> Tensor:
     return rows.unsqueeze(1).repeat(1, 2, 1)
 
 
-def _pieces(rule: str, q: Rows | None, p: Rows, drafted: Tensor, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """pi at every token, residual and full rows of num windows of one draft each (bonus rows are left out)."""
+def _pieces(seq: Sequence, q: Rows | None, p: Rows, drafted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What decides acceptance at every token, residual and full rows of num windows of one draft each (bonus rows are left out)."""
     num, kind = len(drafted), QKind.DENSE if q is not None else QKind.ONE_HOT
     allowed = None if p.allowed is None else p.allowed.repeat_interleave(2, 0)
     assert p.logits is not None
     doubled = Rows(p.probs.repeat_interleave(2, 0), p.logits.repeat_interleave(2, 0), allowed)
     wide = None if q is None or q.logits is None else Rows(_twice(q.probs), _twice(q.logits), None)
     batch = DraftBatch((1,) * num, drafted.unsqueeze(1), [[kind, QKind.NONE]] * num, wide, (0,) * num, (False,) * num, (0,) * num)
-    seq = sequence(rule)
     rows = RowBatch((seq,) * 2 * num, (0, 1) * num, tuple(i // 2 for i in range(2 * num)), drafted.unsqueeze(1))
-    window = _Window(batch, doubled, rows)
-    mixture = _Mixture(window, Verifier(TEST_RULES)._keep_sets(window), keeps_any=True)
+    mixture = Mixture(Window(batch, doubled, rows), TEST_RULES)
     first = torch.arange(num) * 2
-    at = torch.stack([mixture.at(first, torch.full((num,), x)) for x in range(vocab)], -1)
+    at = torch.stack([mixture.at(first, torch.full((num,), x)) for x in range(p.probs.shape[-1])], -1)
     return at, mixture.residual(first), mixture.full(first)
 
 
@@ -105,6 +110,13 @@ def table(salt: int, prefix: tuple[int, ...]) -> Row:
     """Logits of a table language model."""
     generator = torch.Generator().manual_seed(hash((salt, *prefix)) % 10_000)
     return _row(1.5 * torch.randn(3, generator=generator, dtype=torch.float64))
+
+
+def pair(sampling: SamplingParams, prefix: tuple[int, ...]) -> Pair:
+    """Rows of the two tables, the drafter's salt being 1."""
+    q_logits, p_logits = (table(salt, prefix) for salt in (1, 2))
+    is_greedy = sampling.temperature == 0
+    return Pair(softmax(q_logits), softmax(p_logits), processed(q_logits, sampling), processed(p_logits, sampling), is_greedy)
 
 
 @dataclass
@@ -125,13 +137,13 @@ def cells(weights: list[float]) -> Iterator[tuple[float, float]]:
         low += w / total
 
 
-def enumerate_cases(rule: str, temperature: float) -> Cases:
+def enumerate_cases(rule: str, alpha: float, temperature: float) -> Cases:
     """Split the space of numbers at the thresholds that the formulas name, one case for each cell."""
     cases, sampling = Cases(), SamplingParams(max_tokens=9, temperature=temperature)
 
     def rows(prefix: tuple[int, ...]) -> tuple[Row, Row, Row]:
-        q, p = (processed(table(salt, prefix), sampling) for salt in (1, 2))
-        return q, p, expected_pi(rule, q, p, softmax(table(1, prefix)), softmax(table(2, prefix)))
+        at = pair(sampling, prefix)
+        return at.q, at.p, pi_of(rule, alpha, at)
 
     def walk(prefix: tuple[int, ...], numbers: dict[tuple[int, int], float], weight: float) -> None:
         offset = len(prefix)
@@ -159,21 +171,64 @@ def enumerate_cases(rule: str, temperature: float) -> Cases:
     return cases
 
 
+def enumerate_blocks(rule: str, alpha: float, temperature: float) -> Cases:
+    """The same for block verification: two drafts, a coin for each (all are looked at), and what is drawn behind them."""
+    cases, sampling = Cases(), SamplingParams(max_tokens=9, temperature=temperature)
+    for drafts in itertools.product(range(3), repeat=2):
+        rows = [pair(sampling, drafts[:i]) for i in range(3)]
+        pis = [pi_of(rule, alpha, at) for at in rows]
+        mass = rows[0].q[drafts[0]] * rows[1].q[drafts[1]]
+        if not mass:
+            continue
+        left = [1.0]
+        for i, x in enumerate(drafts):
+            left.append(min(1.0, left[i] * pis[i][x] / rows[i].q[x]))
+        rests = [[max(0.0, left[i] * b - a) for a, b in zip(rows[i].q, pis[i], strict=True)] for i in range(2)]
+        chances = [sum(rests[1]) / (sum(rests[1]) + 1 - left[1]) if sum(rests[1]) + 1 - left[1] > 0 else 1.0, left[2]]
+        for passed in itertools.product((False, True), repeat=2):
+            weight = mass
+            for is_passed, chance in zip(passed, chances, strict=True):
+                weight *= chance if is_passed else 1 - chance
+            if weight <= 0:
+                continue
+            num = 2 if passed[1] else int(passed[0])
+            coins = {
+                (i, 2): chance / 2 if is_passed else (1 + chance) / 2
+                for i, (is_passed, chance) in enumerate(zip(passed, chances, strict=True))
+            }
+            behind = list(pis[2]) if num == 2 else rests[num] if sum(rests[num]) > 0 else list(pis[num])
+            for u, share in cells(behind):
+                cases.drafts.append((drafts[0], drafts[1]))
+                cases.numbers.append({**coins, (num, 3): u})
+                cases.weights.append(weight * share)
+    return cases
+
+
+ENUMERATIONS: dict[str, tuple[type[Verifier], Callable[[str, float, float], Cases]]] = {
+    "token": (Verifier, enumerate_cases),
+    "block": (BlockVerifier, enumerate_blocks),
+}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("rule", RULES)
-def test_all_drafts_of_two_tokens_enumerated(rule: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rule", "alpha"), BETWEEN)
+@pytest.mark.parametrize("verification", ENUMERATIONS)
+def test_all_drafts_of_two_tokens_enumerated(
+    verification: str, rule: str, alpha: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The law of what a whole round emits is the product of the pi's."""
-    cases = enumerate_cases(rule, temperature)
+    verifier, enumerate_with = ENUMERATIONS[verification]
+    cases = enumerate_with(rule, alpha, temperature)
     assert sum(cases.weights) == pytest.approx(1, abs=1e-9)
-    seqs = [sequence(rule, seed) for seed in range(len(cases.drafts))]
+    seqs = [sequence(rule, alpha, seed, temperature) for seed in range(len(cases.drafts))]
     by_key = {seq.key: numbers for seq, numbers in zip(seqs, cases.numbers, strict=True)}
 
     def scripted(keys: Tensor, positions: Tensor, purpose: Any) -> Tensor:
         places = zip(keys.tolist(), positions.tolist(), strict=True)
         return torch.tensor([by_key[key].get((position - 1, int(purpose)), 0.5) for key, position in places], dtype=torch.float64)
 
-    monkeypatch.setattr("engine.verify.verifier.uniforms", scripted)
-    emitted = _verify_tables(cases, seqs, temperature)
+    monkeypatch.setattr("engine.verify.window.uniforms", scripted)
+    emitted = _verify_tables(verifier, cases, seqs, temperature)
     law: dict[tuple[int, ...], float] = defaultdict(float)
     for tokens, weight in zip(emitted, cases.weights, strict=True):
         law[tokens] += weight
@@ -181,33 +236,28 @@ def test_all_drafts_of_two_tokens_enumerated(rule: str, temperature: float, monk
     for text in itertools.product(range(3), repeat=3):
         want, got = 1.0, 0.0
         for i in range(4):
-            got += law[text[:i]] * _mass(rule, sampling, text, i)
+            got += law[text[:i]] * _mass(rule, alpha, sampling, text, i)
         for i in range(3):
-            want *= _pi(rule, sampling, text[:i])[text[i]]
+            want *= pi_of(rule, alpha, pair(sampling, text[:i]))[text[i]]
         assert got == pytest.approx(want, abs=1e-9)
 
 
-def _pi(rule: str, sampling: SamplingParams, prefix: tuple[int, ...]) -> Row:
-    q, p = (processed(table(salt, prefix), sampling) for salt in (1, 2))
-    return expected_pi(rule, q, p, softmax(table(1, prefix)), softmax(table(2, prefix)))
-
-
-def _mass(rule: str, sampling: SamplingParams, text: tuple[int, ...], start: int) -> float:
+def _mass(rule: str, alpha: float, sampling: SamplingParams, text: tuple[int, ...], start: int) -> float:
     """Probability that later rounds complete text[:start] to text."""
     mass = 1.0
     for i in range(start, 3):
-        mass *= _pi(rule, sampling, text[:i])[text[i]]
+        mass *= pi_of(rule, alpha, pair(sampling, text[:i]))[text[i]]
     return mass
 
 
-def _verify_tables(cases: Cases, seqs: list[Sequence], temperature: float) -> list[tuple[int, ...]]:
+def _verify_tables(verifier: type[Verifier], cases: Cases, seqs: list[Sequence], temperature: float) -> list[tuple[int, ...]]:
     num = len(cases.drafts)
     logits = {salt: torch.tensor([[table(salt, d[:j]) for j in range(3)] for d in cases.drafts], dtype=torch.float64) for salt in (1, 2)}
     q, p = (at_temperature(logits[salt], temperature) for salt in (1, 2))
     ids = torch.tensor(cases.drafts)
     batch = DraftBatch((2,) * num, ids, [[QKind.DENSE] * 3] * num, Rows(q, logits[1], None), (0,) * num, (False,) * num, (0,) * num)
     rows = RowBatch(tuple(s for s in seqs for _ in range(3)), (0, 1, 2) * num, tuple(i // 3 for i in range(3 * num)), ids)
-    verdict = Verifier(TEST_RULES).verify(batch, Rows(p.flatten(0, 1), logits[2].flatten(0, 1), None), rows)
+    verdict = verifier(TEST_RULES).verify(batch, Rows(p.flatten(0, 1), logits[2].flatten(0, 1), None), rows)
     return list(verdict.token_ids)
 
 
@@ -226,16 +276,16 @@ def test_counts_of_deferred_and_lossy_kept_drafts() -> None:
 
 def test_lossy_kept_drafts_without_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """x is drawn from pi; the draft is lossy-kept where the same number would have drawn another token from p."""
-    monkeypatch.setattr("engine.verify.verifier.uniforms", lambda keys, positions, purpose: torch.full(keys.shape, 0.8).double())
+    monkeypatch.setattr("engine.verify.window.uniforms", lambda keys, positions, purpose: torch.full(keys.shape, 0.8).double())
     p_logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]] * 2, dtype=torch.float64))
     for draft, rule, expected in (
-        (0, "likely", ((1,), (0,), (0b1,))),
+        (0, "token_v3", ((1,), (0,), (0b1,))),
         (0, "exact", ((0,), (0b1,), (0,))),
-        (2, "likely", ((1,), (0b1,), (0,))),
+        (2, "token_v3", ((1,), (0b1,), (0,))),
     ):
         ids = torch.tensor([[draft]])
         batch = DraftBatch((1,), ids, [[QKind.ONE_HOT, QKind.NONE]], None, (0,), (False,), (0,))
-        rows = RowBatch((sequence(rule),) * 2, (0, 1), (0, 0), ids)
+        rows = RowBatch((sequence(rule, 0.5),) * 2, (0, 1), (0, 0), ids)
         verdict = Verifier(TEST_RULES).verify(batch, Rows(p_logits.exp(), p_logits, None), rows)
         assert (verdict.num_accepted, verdict.deferred_masks, verdict.lossy_masks) == expected
 
@@ -246,7 +296,7 @@ def test_what_stands_behind_a_rejection_is_not_counted() -> None:
     p_logits = torch.log(torch.tensor([[1e-9, 0.5, 0.3, 0.2]] * 3, dtype=torch.float64))
     ids = torch.tensor([[0, 0]])
     batch = DraftBatch((2,), ids, [[QKind.DENSE] * 3], Rows(q_logits.exp(), q_logits, None), (0,), (False,), (0,))
-    rows = RowBatch((sequence("confident"),) * 3, (0, 1, 2), (0, 0, 0), ids)
+    rows = RowBatch((sequence("chow", 0.7),) * 3, (0, 1, 2), (0, 0, 0), ids)
     verdict = Verifier(TEST_RULES).verify(batch, Rows(p_logits.exp(), p_logits, None), rows)
     assert (verdict.num_accepted, verdict.deferred_masks, verdict.lossy_masks) == ((0,), (0b1,), (0,))
 
@@ -255,19 +305,23 @@ def test_a_row_that_sums_to_more_than_one_keeps_what_is_kept() -> None:
     """1 - q(A) may come out below zero; pi / q would then fall below 1 on A and reject what the rule trusts."""
     q = Rows(torch.tensor([[0.5, 0.25, 0.2500001]]), torch.zeros(1, 3), None)
     p = Rows(torch.tensor([[0.34, 0.33, 0.33]]), torch.zeros(1, 3), None)
-    at, _, _ = _pieces("likely", q, p, torch.tensor([0]), 3)
+    at, _, _ = _pieces(sequence("token_v3", 0.5), q, p, torch.tensor([0]))
     assert (at >= q.probs).all()
 
 
 # ---------------------------------------------------------------- sampled, through the whole engine
+@pytest.mark.parametrize("verification", ENUMERATIONS)
 @pytest.mark.parametrize("is_seeded", [True, False])
-@pytest.mark.parametrize(("drafter", "rule"), [("model", "exact"), ("model", "likely"), ("ngram", "exact"), ("none", "exact")])
-def test_sampled_law_of_two_tokens(drafter: str, rule: str, is_seeded: bool) -> None:
-    """Chi-square of two tokens over many choices against the exact product of pi's; also shows that the numbers are independent."""
-    num, head = 6000, (1, 2, 3, 1, 2)
-    sampling = SamplingParams(max_tokens=2, temperature=1.0, top_k=4, seed=1, is_seeded=is_seeded)
-    speculation = SpeculationParams(rule=rule)
-    core = make_core(Setup(drafter=drafter, policy=FixedLengthConfig(max=1), num_blocks=1500, max_sequences=300, max_step_tokens=3000))
+@pytest.mark.parametrize(("drafter", "rule"), [("model", "exact"), ("model", "token_v3"), ("ngram", "exact"), ("none", "exact")])
+def test_sampled_law_of_a_text(drafter: str, rule: str, is_seeded: bool, verification: Literal["token", "block"]) -> None:
+    """Chi-square of one window's tokens over many choices against the product of pi's; also shows that the numbers are independent."""
+    num, head, num_drafts = 6000, (1, 2, 3, 1, 2), 2 if verification == "block" else 1
+    policy = FixedLengthConfig(max=num_drafts)
+    sampling = SamplingParams(max_tokens=num_drafts + 1, temperature=1.0, top_k=4, seed=1, is_seeded=is_seeded)
+    alpha = dict(RULES)[rule]
+    speculation = SpeculationParams(rule=rule, alpha=alpha)
+    setup = Setup(drafter=drafter, policy=policy, verification=verification, num_blocks=1500, max_sequences=300, max_step_tokens=3000)
+    core = make_core(setup)
     seen: Counter[tuple[int, ...]] = Counter()
     for first in range(0, num, 300):
         choices = tuple(Choice(i) for i in range(first, first + 300))
@@ -279,13 +333,14 @@ def test_sampled_law_of_two_tokens(drafter: str, rule: str, is_seeded: bool) -> 
         if drafter != "model":
             return p
         q_logits, p_logits = (m.logits(list(text)) for m in (naive_drafter(), naive_target()))
-        return expected_pi(rule, processed(q_logits, sampling), p, softmax(q_logits), softmax(p_logits))
+        return pi_of(rule, alpha, Pair(softmax(q_logits), softmax(p_logits), processed(q_logits, sampling), p))
 
-    first_row = pi(head)
-    expected = {(x, y): num * a * b for x, a in enumerate(first_row) if a for y, b in enumerate(pi((*head, x))) if b}
+    expected: dict[tuple[int, ...], float] = {(): num}
+    for _ in range(num_drafts + 1):
+        expected = {(*text, x): e * a for text, e in expected.items() for x, a in enumerate(pi((*head, *text))) if a}
     assert seen.keys() <= expected.keys()
-    rare = {xy for xy, e in expected.items() if e < 5}
-    chi2 = sum((seen[xy] - e) ** 2 / e for xy, e in expected.items() if xy not in rare)
+    rare = {text for text, e in expected.items() if e < 5}
+    chi2 = sum((seen[text] - e) ** 2 / e for text, e in expected.items() if text not in rare)
     freedom = len(expected) - len(rare)
     assert freedom >= 4
     assert chi2 < freedom + 4.5 * (2 * freedom) ** 0.5  # exceeded by chance about once in 100,000

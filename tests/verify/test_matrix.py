@@ -21,6 +21,8 @@ DRAFTERS = {
     "model": Setup(drafter="model"),
     "model, short context": Setup(drafter="model", drafter_context=12),
     "model, lagging": Setup(drafter="model", max_drafter_tokens=3),
+    "model, block": Setup(drafter="model", verification="block"),
+    "ngram, block": Setup(drafter="ngram", verification="block"),
 }
 POLICIES: tuple[LengthConfig, ...] = (
     FixedLengthConfig(max=0),
