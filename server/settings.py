@@ -1,4 +1,4 @@
-"""Deployment files: YAML in, one frozen Deployment out, or one line for everything that is wrong.
+"""Deployment files: YAML in, one frozen Deployment out, or one line for everything that is wrong. Other files are read by the same means.
 
 A message names the key, the value and the bound. Unknown and repeated keys are refused. CASCADE_ variables override the server's part and
 nothing else, so that a file says what is computed. Nothing is looked up here: whether a model exists is the engine's business.
@@ -10,8 +10,9 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ByteSize, Field, ValidationError, model_validator
@@ -21,6 +22,8 @@ from engine.config import EngineConfig, Preset, Section
 from engine.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=Section)
 
 ENV_PREFIX = "CASCADE_"
 OTHER_VARIABLES = frozenset({"CASCADE_CACHE_DIR"})  # read by the engine's loader
@@ -75,17 +78,24 @@ class Deployment(EngineConfig):
 def load(path: Path, environment: Mapping[str, str] = os.environ, **options: object) -> Deployment:
     """The deployment in `path`. `options` are keys of the server's part from the command line; they win over the environment, which wins
     over the file. Raises ConfigError with one line for each mistake."""
-    content = _read(path)
+    content = read_yaml(path, "a deployment", "configs/default.yaml")
     overrides = _from_environment(environment) | {key: (f"--{key}", value) for key, value in options.items() if value is not None}
     section = content.get("server", {})
     if isinstance(section, dict):
         content = content | {"server": section | {key: value for key, (_, value) in overrides.items()}}
+    return validated(Deployment, content, path, {f"server.{key}": origin for key, (origin, _) in overrides.items()})
+
+
+def validated(kind: type[S], content: dict[str, Any], path: Path, origins: Mapping[str, str] = {}) -> S:
+    """What the content of a file says, as `kind`. `origins` names what set a key where that was not the file.
+
+    Raises ConfigError with one line for each mistake.
+    """
     try:
-        return Deployment.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        origins = {f"server.{key}": origin for key, (origin, _) in overrides.items()}
-        mistakes = error.errors(include_url=False)
-        raise ConfigError("\n".join(_explain(details, content, path, origins) for details in mistakes)) from error
+        file = _File(kind, content, path, origins)
+        raise ConfigError("\n".join(_explain(details, file) for details in error.errors(include_url=False))) from error
 
 
 # ---------------------------------------------------------------------- reading
@@ -106,7 +116,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str, example: str) -> dict[str, Any]:
+    """The keys of a file. `what` it is, and an `example` of one, are for messages. Raises ConfigError."""
     try:
         content = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
@@ -119,9 +130,9 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
     if content is None:
-        raise ConfigError(f"{path} is empty. configs/default.yaml shows every key.")
+        raise ConfigError(f"{path} is empty. {example} shows every key.")
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}, line 1: a deployment is a mapping of keys, not a {type(content).__name__}.")
+        raise ConfigError(f"{path}, line 1: {what} is a mapping of keys, not a {type(content).__name__}.")
     return content
 
 
@@ -155,18 +166,28 @@ def _api_keys(variable: str, text: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------- explaining
-def _explain(details: ErrorDetails, content: dict[str, Any], path: Path, origins: Mapping[str, str]) -> str:
+@dataclass(frozen=True)
+class _File:
+    """What a message about a file needs to know of it."""
+
+    kind: type[Section]
+    content: dict[str, Any]
+    path: Path
+    origins: Mapping[str, str]
+
+
+def _explain(details: ErrorDetails, file: _File) -> str:
     """One line for one mistake: where it stands, key, value, bound."""
     if not details["loc"]:
-        return f"{path}: {details['ctx']['error']}"
-    key = ".".join(_keys(details, content))
-    name = origins.get(key) or f"{path}: {key}"
+        return f"{file.path}: {details['ctx']['error']}"
+    key = ".".join(_keys(details, file.content))
+    name = file.origins.get(key) or f"{file.path}: {key}"
     if details["type"] in ("missing", "extra_forbidden"):
-        return f"{name} - {_bound(details)}"
+        return f"{name} - {_bound(details, file.kind)}"
     if details["input"] is None:  # a key with nothing behind it; Python's word for that is not in the file
-        return f"{name} - is empty; {_bound(details)}"
+        return f"{name} - is empty; {_bound(details, file.kind)}"
     shown = "(hidden)" if "api_keys" in key else _shorten(details["input"])
-    return f"{name}: {shown} - {_bound(details)}"
+    return f"{name}: {shown} - {_bound(details, file.kind)}"
 
 
 def _keys(details: ErrorDetails, content: Any) -> list[str]:
@@ -203,26 +224,26 @@ BOUNDS = {  # pydantic's error type to a sentence over its context
 }
 
 
-def _bound(details: ErrorDetails) -> str:
+def _bound(details: ErrorDetails, kind: type[Section]) -> str:
     if details["type"] == "extra_forbidden":
-        return f"unknown key{_suggestion(details['loc'])}"
+        return f"unknown key{_suggestion(details['loc'], kind)}"
     if details["type"] in BOUNDS:
         return BOUNDS[details["type"]].format(**details.get("ctx", {}))
     return details["msg"].removeprefix("Input ")
 
 
-def _suggestion(place: tuple[int | str, ...]) -> str:
+def _suggestion(place: tuple[int | str, ...], kind: type[Section]) -> str:
     """What was probably meant by an unknown key: one of another kind, or one with nearly the same name that is allowed at this place."""
     key = str(place[-1])
-    known, owners = _allowed_at(place[:-1], key)
+    known, owners = _allowed_at(place[:-1], key, kind)
     if owners:
         return f"; {key} belongs to {owners}"
     return "".join(f"; did you mean {name}?" for name in _close_to(key, known))
 
 
-def _allowed_at(place: tuple[int | str, ...], key: str) -> tuple[set[str], str]:
+def _allowed_at(place: tuple[int | str, ...], key: str, kind: type[Section]) -> tuple[set[str], str]:
     """The keys that a place has, and the other members of its union that have `key`, such as "kind ngram"."""
-    schema = Deployment.model_json_schema()
+    schema = kind.model_json_schema()
     definitions: dict[str, dict[str, Any]] = {f"#/$defs/{name}": definition for name, definition in schema["$defs"].items()}
     node, owners = schema, ""
     for part in place:
@@ -231,7 +252,10 @@ def _allowed_at(place: tuple[int | str, ...], key: str) -> tuple[set[str], str]:
             tag, members = node["discriminator"]["propertyName"], node["discriminator"]["mapping"]
             having = [name for name, reference in members.items() if name != part and key in definitions[reference]["properties"]]
             owners = f"{tag} {' or '.join(having)}" if having else ""
-            node = definitions[members[part]]
+            node = definitions[members[str(part)]]
+        elif isinstance(part, int):
+            node = node.get("items", {})
+            node = definitions.get(node.get("$ref", ""), node)
         else:
             free = node.get("patternProperties", {"": node.get("additionalProperties")})  # of a mapping whose keys people choose
             node = node.get("properties", {}).get(part) or next(iter(free.values())) or {}
