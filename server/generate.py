@@ -36,7 +36,18 @@ class Job:
     is_stream: bool
     has_usage_chunk: bool
     ignored: tuple[str, ...]  # fields that changed nothing
+    wants_provenance: bool = False
     arrived_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where one token comes from."""
+
+    token_id: int
+    text: str  # what it adds to the text; nothing in the middle of a character, and for an end token
+    is_drafted: bool  # the drafter's word stands; else target or rule drew it
+    is_lossy: bool  # it stands, and exact verification would have rejected it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class TextDelta:
     index: int
     text: str
     finish_reason: str | None
+    origins: tuple[Origin, ...] = ()  # of its tokens, if the job wants them
 
 
 class Generation:
@@ -73,6 +85,7 @@ class Generation:
         self._error: Exception | None = None
         self.record = RequestRecord(
             rule=speculation.rule,
+            alpha=speculation.alpha,
             num_spec_tokens=num_spec_tokens,
             num_prompt_tokens=sum(len(request.prompt_ids) for request in job.requests),
             num_choices=self._num_choices,
@@ -90,7 +103,7 @@ class Generation:
             await self._exits.aclose()
             raise
         stops = StopStrings(self._job.stops)
-        self._answers = [_Answer(self._serving.tokenizer, stops, record) for record in self.record.choices]
+        self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job.wants_provenance) for record in self.record.choices]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -144,7 +157,7 @@ class Generation:
             if answer.is_cut:
                 self._streams[prompt].abort(delta.choice)
         self._note_delivery(prompt, list(texts))
-        return [TextDelta(index, text, self._answers[index].record.finish_reason) for index, text in texts.items()]
+        return [self._answers[index].as_delta(index, text) for index, text in texts.items()]
 
     def _note_delivery(self, prompt: int, indices: list[int]) -> None:
         now = time.monotonic()
@@ -161,9 +174,11 @@ class Generation:
 class _Answer:
     """One choice: its text so far, and its numbers."""
 
-    def __init__(self, tokenizer: TextTokenizer, stops: StopStrings, record: ChoiceRecord):
+    def __init__(self, tokenizer: TextTokenizer, stops: StopStrings, record: ChoiceRecord, keeps_origins: bool):
         self._detokenizer = tokenizer.detokenizer()
         self._scanner = StopScanner(stops)
+        self._keeps_origins = keeps_origins
+        self._origins: list[Origin] = []  # since the last delivery
         self.record = record
 
     @property
@@ -174,22 +189,38 @@ class _Answer:
     def push(self, delta: TokenDelta) -> tuple[str, Round | None]:
         """Text that may go out, and the round as far as the client received it. Tokens behind a stop string count nowhere."""
         with_text = delta.token_ids[:-1] if delta.finish_reason is FinishReason.STOP else delta.token_ids  # an end token has none
-        text, num_kept = "", 0
-        while num_kept < len(with_text) and not self.is_cut:
-            text += self._scanner.push(self._detokenizer.push(with_text[num_kept]))
-            num_kept += 1
+        text, pieces = "", list[str]()
+        while len(pieces) < len(with_text) and not self.is_cut:
+            pieces.append(self._detokenizer.push(with_text[len(pieces)]))
+            text += self._scanner.push(pieces[-1])
         if delta.finish_reason is not None and not self.is_cut:
             text += self._finish(delta.finish_reason)
-            num_kept = len(delta.token_ids)
+            pieces += [""] * (len(delta.token_ids) - len(pieces))
         if self.is_cut:
             self.record.finish_reason = FinishReason.STOP.value
-        return text, self.record.count(delta, num_kept)
+        if self._keeps_origins:
+            self._origins += _origins(delta, pieces)
+        return text, self.record.count(delta, len(pieces))
+
+    def as_delta(self, index: int, text: str) -> TextDelta:
+        """What is delivered now."""
+        origins, self._origins = tuple(self._origins), []
+        return TextDelta(index, text, self.record.finish_reason, origins)
 
     def _finish(self, reason: FinishReason) -> str:
         if reason is FinishReason.ABORT:
             raise EngineDead("The engine gave an answer up.")
         self.record.finish_reason = reason.value
         return self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
+
+
+def _origins(delta: TokenDelta, pieces: Sequence[str]) -> list[Origin]:
+    """Of the tokens that are kept, one for each piece of text."""
+    lossy = delta.round.lossy_mask if delta.round is not None else 0
+    return [
+        Origin(token_id, piece, bool(delta.drafted_mask >> i & 1), bool(lossy >> i & 1))
+        for i, (token_id, piece) in enumerate(zip(delta.token_ids, pieces, strict=False))
+    ]
 
 
 async def _merge(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, list[TokenDelta]], None]:

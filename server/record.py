@@ -74,6 +74,7 @@ class RequestRecord:
     """Everything that one HTTP request asked for."""
 
     rule: str
+    alpha: float
     num_spec_tokens: int  # at most so many drafts a round
     num_prompt_tokens: int
     num_choices: int  # answers to each prompt

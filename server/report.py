@@ -103,6 +103,12 @@ def doubt_of(figures: Figures) -> str | None:
     return f"Not verified: whether this version supports {names}. The hub's configs cannot be read here (offline, or gated)."
 
 
+def _rule(deployment: Deployment) -> str:
+    rule, alpha = deployment.speculation.judged_by()
+    how = "" if deployment.speculation.verification == "token" else ", verified in blocks"
+    return f"{rule}{how}" if rule == "exact" else f"{rule}, alpha {alpha:g}{how}"
+
+
 def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
     engine, server, drafter = deployment.engine, deployment.server, deployment.model.drafter
     blocks = UNKNOWN if figures.num_blocks is None else f"{figures.num_blocks:,} of {engine.block_size} tokens"
@@ -110,7 +116,7 @@ def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
         ("model ids", ", ".join(deployment.model_ids)),
         ("target", deployment.model.target.source),
         ("drafter", drafter.source if isinstance(drafter, ModelDrafterConfig) else drafter.kind),
-        ("rule", deployment.speculation.rule),
+        ("rule", _rule(deployment)),
         ("draft length", f"{deployment.speculation.draft_length.policy}, at most {deployment.speculation.draft_length.max}"),
         ("device, dtype", f"{figures.device}, {figures.dtype}"),
         ("weights", in_bytes(figures.weight_bytes)),

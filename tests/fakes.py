@@ -45,6 +45,7 @@ class Part:
     round: Round | None = None
     num_target_calls: int = 0
     num_drafter_calls: int = 0
+    drafted_mask: int = 0
 
 
 @dataclass
@@ -161,6 +162,7 @@ class FakeEngine:
                 token_ids=part.token_ids,
                 finish_reason=script.finish if is_last else None,
                 round=part.round,
+                drafted_mask=part.drafted_mask,
                 num_cached_tokens=script.num_cached_tokens,
                 queue_seconds=0.002,
                 num_target_calls=part.num_target_calls,

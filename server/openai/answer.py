@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from server.deps import Serving
-from server.generate import Generation, Job, TextDelta
+from server.generate import Generation, Job, Origin, TextDelta
 from server.openai import schema
 from server.openai.convert import header_safe
 from server.record import ChoiceRecord, RequestRecord
@@ -74,10 +75,19 @@ class _Envelope:
         if delta.index not in self._opened:
             self._opened.add(delta.index)
             choices = [opening] if (opening := self.shape.opening(delta.index)) is not None else []
-        if delta.text or delta.finish_reason:
-            choices.append(self.shape.delta(delta))
+        if delta.text or delta.finish_reason or delta.origins:
+            choices.append(self.traced(self.shape.delta(delta), delta.origins))
         kind = schema.ChunkWithUsage if self.job.has_usage_chunk else schema.Chunk
         return [kind(**self._head, object=self.shape.chunk_object, choices=[choice]) for choice in choices]
+
+    def traced(self, choice: schema.Choice, origins: Sequence[Origin]) -> schema.Choice:
+        """With who wrote its tokens, if that was asked for."""
+        if self.job.wants_provenance:
+            choice.provenance = [
+                schema.TokenOrigin(token_id=o.token_id, text=o.text, by="drafter" if o.is_drafted else "target", lossy=o.is_lossy)
+                for o in origins
+            ]
+        return choice
 
     def usage_chunk(self, record: RequestRecord) -> schema.UsageChunk:
         usage, metrics = usage_of(record), metrics_of(record, self._drafter)
@@ -86,12 +96,14 @@ class _Envelope:
 
 async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, Any]:
     texts = [""] * len(generation.record.choices)
+    origins: list[list[Origin]] = [[] for _ in texts]
     async with generation:
         async for deltas in generation:
             for delta in deltas:
                 texts[delta.index] += delta.text
+                origins[delta.index] += delta.origins
     record = generation.record
-    choices = [envelope.shape.choice(i, text, record.choices[i].finish_reason) for i, text in enumerate(texts)]
+    choices = [envelope.traced(envelope.shape.choice(i, text, record.choices[i].finish_reason), origins[i]) for i, text in enumerate(texts)]
     return envelope.completion(choices, record).model_dump()
 
 
@@ -120,6 +132,7 @@ def metrics_of(record: RequestRecord, drafter: str) -> schema.ResponseMetrics:
     choices = record.choices
     cascade = schema.Cascade(
         rule=record.rule,
+        alpha=record.alpha if math.isfinite(record.alpha) else None,
         drafter=drafter,
         deferred_tokens=sum(choice.num_deferred_tokens for choice in choices),
         lossy_kept_tokens=sum(choice.num_lossy_kept_tokens for choice in choices),

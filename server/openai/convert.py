@@ -11,15 +11,18 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from engine.config import RuleName, SpeculationConfig
+from engine.dials import DIALS
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from server.deps import Serving
 from server.errors import UnknownModel
 from server.generate import Job
-from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody
+from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody, Speculation
 from server.text import LONG_TEXT
 
 T = TypeVar("T")
@@ -145,6 +148,7 @@ def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], i
         is_stream=bool(body.stream),
         has_usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored,
+        wants_provenance=bool(body.speculation and body.speculation.provenance),
         arrived_at=arrived_at,
     )
 
@@ -169,14 +173,33 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
 
 
 def _speculation(body: GenerationBody, serving: Serving) -> SpeculationParams:
-    """The deployment's settings, the preset's over them, the request's over both."""
-    enabled, rule, max_draft = True, serving.deployment.speculation.rule, None
-    if (preset := serving.deployment.model_ids[body.model]) is not None:
-        enabled, rule, max_draft = preset.enabled, preset.rule or rule, preset.max_draft
-    if (own := body.speculation) is not None:
+    """The deployment's settings, the preset's over them, the request's over both, within the deployment's bounds."""
+    deployment = serving.deployment.speculation
+    preset, own = serving.deployment.model_ids[body.model], body.speculation
+    enabled, max_draft = (True, None) if preset is None else (preset.enabled, preset.max_draft)
+    rule, alpha = deployment.judged_by(preset)
+    if own is not None:
         enabled = enabled if own.enabled is None else own.enabled
         max_draft = max_draft if own.max_draft is None else own.max_draft
-    return SpeculationParams(enabled=enabled, rule=rule, max_draft=max_draft)
+        rule, alpha = _judged_by(own, rule, alpha, deployment)
+    return SpeculationParams(enabled=enabled, rule=rule, alpha=alpha, max_draft=max_draft)
+
+
+def _judged_by(own: Speculation, rule: RuleName, alpha: float, deployment: SpeculationConfig) -> tuple[RuleName, float]:
+    """Rule and alpha of a request that may name its own. Raises InvalidRequest for what the deployment does not allow."""
+    if own.rule is not None and own.rule != rule:
+        allowed = deployment.allow_rules
+        if allowed is not None and own.rule not in allowed:
+            raise InvalidRequest(
+                f"The rule {own.rule} is not allowed here; a request may ask for {', '.join(allowed) or 'none'}.", "speculation.rule"
+            )
+        rule = own.rule
+        alpha = min(DIALS[rule].default, deployment.max_alpha.get(rule, inf))
+    if own.alpha is not None:
+        if mistake := DIALS[rule].mistake(own.alpha, deployment.max_alpha.get(rule)):
+            raise InvalidRequest(f"alpha is {own.alpha:g} and {mistake} for the rule {rule}.", "speculation.alpha")
+        alpha = own.alpha
+    return rule, alpha
 
 
 def _ignored(body: GenerationBody) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from engine.config import RuleName
 
 # ---------------------------------------------------------------------- values
 
@@ -88,6 +90,9 @@ class Speculation(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     enabled: bool | None = Field(None, description="false: no drafts, every token is the target's")
+    rule: RuleName | None = Field(None, description="which drafts may stand; of those that the deployment allows")
+    alpha: Annotated[float, Field(allow_inf_nan=False)] | None = Field(None, description="the rule's dial; none: its default")
+    provenance: bool | None = Field(None, description="true: choices say of each token who wrote it")
     max_draft: int | None = Field(None, ge=0, le=INT_MAX, description="at most this many drafts a step; the deployment's bound holds, too")
 
 
@@ -155,6 +160,7 @@ class Cascade(BaseModel):
     """Which rule judged, and what it did."""
 
     rule: str
+    alpha: float | None = Field(description="the rule's dial; 0 for exact, which has none; null where it is infinite")
     drafter: str
     deferred_tokens: int
     lossy_kept_tokens: int
@@ -184,21 +190,43 @@ class AssistantMessage(BaseModel):
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
+class TokenOrigin(BaseModel):
+    """Who wrote a token."""
+
+    token_id: int
+    text: str = Field(description="what it adds to the text; empty within a character, and for an end token")
+    by: Literal["drafter", "target"] = Field(description="drafter: its word stands; target: it was drawn after a rejection, or undrafted")
+    lossy: bool = Field(description="the drafter's word stands although exact verification would have rejected it")
+
+
+class Traced(BaseModel):
+    """A choice that can say where its tokens come from. The field is there only if it was asked for."""
+
+    provenance: list[TokenOrigin] | None = None
+
+    @model_serializer(mode="wrap")
+    def _if_asked(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        if self.provenance is None:
+            del content["provenance"]
+        return content
+
+
+class ChatChoice(Traced):
     index: int
     message: AssistantMessage
     logprobs: None = None
     finish_reason: str | None
 
 
-class ChatDeltaChoice(BaseModel):
+class ChatDeltaChoice(Traced):
     index: int
     delta: dict[str, str]
     logprobs: None = None
     finish_reason: str | None
 
 
-class TextChoice(BaseModel):
+class TextChoice(Traced):
     index: int
     text: str
     logprobs: None = None

@@ -305,6 +305,7 @@ async def test_metrics_of_a_response(served: Served) -> None:
     }
     assert answer["metrics"]["cascade"] == {
         "rule": "exact",
+        "alpha": 0.0,
         "drafter": "model:some/where/tiny drafter",
         "deferred_tokens": 1,
         "lossy_kept_tokens": 2,

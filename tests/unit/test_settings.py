@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ByteSize, ValidationError
 
+from engine.dials import DIALS
 from engine.errors import ConfigError
 from server.settings import Deployment, ServerSettings, load
 
@@ -177,6 +178,50 @@ def test_the_environment_overrides_the_servers_part(file: Path) -> None:
         keep_alive_seconds=2.0,
         log_level="debug",
     )
+
+
+@pytest.mark.parametrize(
+    ("drafter", "speculation", "said"),
+    [
+        ("ngram", "rule: chow", "speculation.rule: chow - reads the drafter's probabilities, and a drafter of kind ngram has none"),
+        (
+            "none",
+            "presets: {x: {rule: opt}}",
+            "speculation.presets.x.rule: opt - reads the drafter's probabilities, and a drafter of kind none",
+        ),
+        ("ngram", "rule: token_v3, alpha: 1.5", "speculation.alpha: 1.5 - must be at most 1 for the rule token_v3"),
+        ("ngram", "rule: token_v3, alpha: .nan", "speculation.alpha: nan - must be at most 1 for the rule token_v3"),
+        ("ngram", "rule: exact, alpha: 0.1", "speculation.alpha: 0.1 - must be at most 0 for the rule exact"),
+        (
+            "ngram",
+            "rule: token_v3, presets: {x: {alpha: -2}}",
+            "speculation.presets.x.alpha: -2 - must be at least -1 for the rule token_v3",
+        ),
+        ("ngram", "max_alpha: {token_v3: 3}", "speculation.max_alpha.token_v3: 3 - must be at most 1 for the rule token_v3"),
+        ("ngram", "rule: best", "speculation.rule: 'best' - "),
+        ("ngram", "allow_rules: [best]", "speculation.allow_rules.0: 'best' - "),
+        ("ngram", "verification: tree", "speculation.verification: 'tree' - "),
+    ],
+)
+def test_rules_that_cannot_judge_are_refused(file: Path, drafter: str, speculation: str, said: str) -> None:
+    text = f"model: {{name: a, target: {{source: b}}, drafter: {{kind: {drafter}}}}}\nspeculation: {{{speculation}}}"
+    (line,) = refused(file, text)
+    assert said in line
+
+
+def test_alpha_comes_from_the_nearest_that_names_it(file: Path) -> None:
+    presets = "{a: {}, b: {alpha: 0.5}, c: {rule: token_v2}, d: {rule: token_v3}, e: {rule: exact}}"
+    text = f"{MODEL}speculation: {{rule: token_v3, alpha: 0.4, presets: {presets}}}"
+    found = loaded(file, text).speculation
+    assert found.judged_by() == ("token_v3", 0.4)
+    judged = {name: found.judged_by(preset) for name, preset in found.presets.items()}
+    assert judged == {
+        "a": ("token_v3", 0.4),
+        "b": ("token_v3", 0.5),
+        "c": ("token_v2", DIALS["token_v2"].default),
+        "d": ("token_v3", 0.4),
+        "e": ("exact", 0.0),
+    }
 
 
 @pytest.mark.parametrize("key", ServerSettings.model_fields)
