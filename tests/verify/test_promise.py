@@ -53,14 +53,14 @@ def promised(setup: Setup) -> list[Request]:
 def test_same_text_at_any_length_budget_and_pool(name: str, policy: LengthConfig) -> None:
     requests = promised(SETUPS[name])
     want = {(r.id, 0): answer(r, naive_target(), drafter_of(SETUPS[name])) for r in requests}
-    for (num_blocks, block_size), budget, max_sequences in itertools.product(((13, 2), (7, 4), (200, 4)), (3, 7, 64), (1, 8)):
+    for i, ((num_blocks, block_size), budget) in enumerate(itertools.product(((13, 2), (7, 4), (200, 4)), (3, 7, 64))):
         setup = replace(
             SETUPS[name],
             policy=policy,
             num_blocks=num_blocks,
             block_size=block_size,
             max_step_tokens=budget,
-            max_sequences=max_sequences,
+            max_sequences=(8, 1)[i % 2],
         )
         got = drive(make_core(setup), requests).tokens
         assert got == want, (setup, [k for k in want if got[k] != want[k]])
