@@ -42,9 +42,15 @@ class Serving:
     @property
     def fingerprint(self) -> str:
         """What an answer depends on apart from the request: version, pair, dtype, device; readable, and fit for a header."""
-        info = self.info
-        pair = "+".join(_last_part(name) for name in (info.target, info.drafter))
+        info, model = self.info, self.deployment.model
+        pair = "+".join(_last_part(name) + _held(part) for name, part in ((info.target, model.target), (info.drafter, model.drafter)))
         return re.sub(r"[^\w.+:-]", "_", f"cascade-{self.version}-{pair}-{info.dtype}-{info.device}", flags=re.ASCII)
+
+
+def _held(part: object) -> str:
+    """How weights are held, where that is another way than their dtype says; a drafter without weights has none."""
+    quantization = getattr(part, "quantization", "none")
+    return "" if quantization == "none" else f"-{quantization}"
 
 
 def _last_part(source: str) -> str:

@@ -177,6 +177,7 @@ _PLAIN = {  # where pydantic's words are about Python
     "missing": "required.",
     "string_too_short": "must not be empty.",
     "too_short": "must not be empty.",
+    "too_long": "must have at most {max_length} items, not {actual_length}.",
 }
 
 
@@ -189,7 +190,9 @@ def _explain(error: RequestValidationError) -> tuple[str, str | None]:
     if not param:
         return "The request body must be a JSON object, sent with 'Content-Type: application/json'.", None
     param = _short(param.encode("utf-8", "replace").decode())  # a key of the client may hold half a surrogate pair
-    return f"{param}: {_PLAIN.get(first['type']) or first['msg'].removeprefix('Value error, ')}", param
+    plain = _PLAIN.get(first["type"])
+    what = plain.format_map(first.get("ctx", {})) if plain else first["msg"].removeprefix("Value error, ")
+    return f"{param}: {what}", param
 
 
 def _http_message(request: Request, error: HTTPException) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from engine.build import build, plan_memory
 from engine.config import EngineConfig, ModelDrafterConfig, ModelSource
+from engine.model.linear import choose
 from engine.model.loader import ModelSize, PairMember, check_pair, estimate, read_config, resolve_device, resolve_dtype
 from engine.model.source import fetch_config
 from engine.stats import EngineInfo
@@ -74,12 +75,14 @@ def estimated_figures(config: EngineConfig) -> Figures:
 
 
 def _prospect(source: ModelSource, config: EngineConfig) -> Prospect | None:
-    """None when the hub alone knows the model and cannot be asked."""
+    """None when the hub alone knows the model and cannot be asked. Raises ConfigError for what could not be served."""
     place = fetch_config(source)
     if place is None:
         return None
     model = read_config(place)
-    dtype = resolve_dtype(source.dtype, resolve_device(config.engine.device), model)
+    device = resolve_device(config.engine.device)
+    dtype = resolve_dtype(source.dtype, device, model)
+    choose(source.quantization, dtype, device)
     size = estimate(model)
     member = PairMember(source.source, place, size.vocab_size)
     return Prospect(member, size, str(dtype).removeprefix("torch."), dtype.itemsize)
@@ -109,6 +112,13 @@ def _rule(deployment: Deployment) -> str:
     return f"{rule}{how}" if rule == "exact" else f"{rule}, alpha {alpha:g}{how}"
 
 
+def _quantizations(deployment: Deployment) -> list[str]:
+    """What the dtype does not say of how weights are held."""
+    model = deployment.model
+    sides = [("target", model.target), *([("drafter", model.drafter)] if isinstance(model.drafter, ModelDrafterConfig) else [])]
+    return [f"{name} {side.quantization}" for name, side in sides if side.quantization != "none"]
+
+
 def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
     engine, server, drafter = deployment.engine, deployment.server, deployment.model.drafter
     blocks = UNKNOWN if figures.num_blocks is None else f"{figures.num_blocks:,} of {engine.block_size} tokens"
@@ -118,7 +128,7 @@ def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
         ("drafter", drafter.source if isinstance(drafter, ModelDrafterConfig) else drafter.kind),
         ("rule", _rule(deployment)),
         ("draft length", f"{deployment.speculation.draft_length.policy}, at most {deployment.speculation.draft_length.max}"),
-        ("device, dtype", f"{figures.device}, {figures.dtype}"),
+        ("device, dtype", ", ".join([figures.device, figures.dtype, *_quantizations(deployment)])),
         ("weights", in_bytes(figures.weight_bytes)),
         ("KV cache", in_bytes(int(engine.kv_cache))),
         ("KV of a token", in_bytes(figures.kv_bytes_per_token)),

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from engine.config import ModelDrafterConfig
 from engine.errors import ConfigError
+from engine.model import onednn
 from engine.model.loader import quiet_transformers
 from server.cli import app
 from server.drain import Draining
@@ -63,6 +64,17 @@ def test_check_prints_what_would_be_served(mode: list[str], deployment: Path) ->
     assert shown["blocks"] == "16 of 8 tokens"
     assert shown["served context"] == "64 tokens"
     assert shown["device, dtype"] == "cpu, float32"
+
+
+@pytest.mark.skipif(bool(onednn.why_not_int8()), reason=onednn.why_not_int8())
+def test_check_says_how_weights_are_held_and_refuses_what_cannot_be(deployment: Path) -> None:
+    deployment.write_text(deployment.read_text().replace("dtype: float32", "dtype: float32, quantization: int8"))
+    result = runner.invoke(app, ["check", str(deployment), "--no-load"], env={"COLUMNS": "200"})
+    assert "cpu, float32, target int8" in result.stdout
+    deployment.write_text(deployment.read_text().replace("dtype: float32", "dtype: bfloat16"))
+    result = runner.invoke(app, ["check", str(deployment), "--no-load"])
+    assert result.exit_code == 2
+    assert "quantization: 'int8' - 8-bit weights need dtype float32" in result.stderr
 
 
 def test_check_refuses_what_could_not_be_served(deployment: Path) -> None:

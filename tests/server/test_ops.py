@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.client import Health
 from engine.request import Round
+from server.deps import Serving
+from server.settings import Deployment
 from tests.fakes import Part
 from tests.server.conftest import Served, serve
 
@@ -129,6 +132,7 @@ async def test_every_answer_leaves_one_line_in_the_log(folder: Path, caplog: pyt
     [
         ({"speculation": {"max_drafts": 3}}, "speculation.max_drafts: unknown field."),
         ({"stop": [""]}, "stop.0: must not be empty."),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop: must have at most 4 items, not 5."),
         ({"messages": []}, "messages: must not be empty."),
     ],
 )
@@ -137,3 +141,11 @@ async def test_a_refusal_speaks_of_the_field_and_not_of_python(folder: Path, bod
         response = await served.chat(**body)
     assert response.status_code == 400
     assert response.json()["error"]["message"] == message
+
+
+async def test_the_fingerprint_says_how_weights_are_held(served: Served) -> None:
+    serving: Serving = served.app.state.serving
+    int8 = {"source": "anywhere", "quantization": "int8"}
+    model = {"name": "tiny", "target": int8, "drafter": {"kind": "model", **int8}}
+    held = replace(serving, deployment=Deployment.model_validate({"model": model}))
+    assert held.fingerprint.endswith("-tiny-target-int8+tiny_drafter-int8-float32-cpu")
