@@ -194,7 +194,9 @@ async def _engine(config: Path, maker: BodyMaker, console: Console) -> AsyncIter
     from server.settings import load
 
     deployment = load(config, {})
-    engine = ThreadClient(lambda: build(deployment.engine_part, lambda text: console.print(text, markup=False, highlight=False)))
+    engine = ThreadClient(
+        lambda: build(deployment.engine_part, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True))
+    )
     async with open_engine(engine, deployment) as serving:
         target = EngineTarget(serving, replace(maker, model=maker.model or deployment.model.name))
         device = f"{target.info.device}, {target.info.dtype}"

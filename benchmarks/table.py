@@ -43,7 +43,8 @@ def category_table(categories: dict[str, Group]) -> Table:
     """Medians by category."""
     table = Table(title="By category (medians, milliseconds)", title_justify="left")
     for column in ("category", "ok", "failed", "TTFT", "TPOT", "E2E", "accepted", "tokens a round"):
-        table.add_column(column, justify="left" if column == "category" else "right")
+        is_wide = column in ("category", "tokens a round")  # these wrap where the terminal is narrow, and no figure is cut
+        table.add_column(column, justify="left" if column == "category" else "right", no_wrap=not is_wide, overflow="fold")
     for name, group in categories.items():
         accepted, length = _drafting(group)
         medians = (_median(group.ttft_ms), _median(group.tpot_ms), _median(group.e2e_ms))
