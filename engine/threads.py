@@ -24,9 +24,11 @@ Where such floods or busy neighbours are the rule, set OMP_WAIT_POLICY=passive, 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
+_log = logging.getLogger(__name__)
 _SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
@@ -41,7 +43,13 @@ def set_defaults() -> None:
 
 
 def give_way() -> None:
-    """Let the engine's threads go before the calling one and those that it starts from now on. Only Linux has priorities of threads."""
+    """Let the engine's threads go before the calling one and those that it starts from now on.
+
+    Only Linux has priorities of threads. Where it refuses, as sandboxes and some C libraries do, that is said and all else goes on.
+    """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, 0, 19)
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # it does not interrupt others when it wakes
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, 19)
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # it does not interrupt others when it wakes
+        except OSError as error:
+            _log.warning("The thread that serves cannot give way to those of the engine: %s", error.strerror)
