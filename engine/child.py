@@ -109,7 +109,7 @@ def _die_with_parent() -> None:
     """End within the moment in which standard input ends, that is, in which the parent closes it or is gone.
 
     A thread does it, so that neither loading nor a long step delays it. Linux can be asked for a kill when the thread that started us ends,
-    the one of the event loop: then not even code that keeps the interpreter lock does.
+    and that one lives as long as the client: then not even code that keeps the interpreter lock does.
     """
     threading.Thread(target=_outlive_nobody, name="cascade-parent-watch", daemon=True).start()
     if sys.platform == "linux":

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory, gettempdir
@@ -36,7 +36,7 @@ class Incarnation:
         self.num_frames = 0  # received so far
         self._line = line
         self._process = process
-        self._status = asyncio.ensure_future(asyncio.to_thread(process.wait))
+        self._status = _status_of(process)
         self._resources = resources
         self._began = time.monotonic()
 
@@ -140,6 +140,14 @@ def _environment() -> dict[str, str]:
     """Ours, with our module path."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return defaults() | os.environ | {"PYTHONPATH": path}
+
+
+def _status_of(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
+    """Its exit status, waited for in a thread of its own: the event loop's are few, and each engine would hold one as long as it lives."""
+    waiter = ThreadPoolExecutor(1, "engine-exit")
+    status = asyncio.get_running_loop().run_in_executor(waiter, process.wait)
+    waiter.shutdown(wait=False)  # what was handed to it is still done
+    return status
 
 
 def _how(status: int) -> str:

@@ -7,6 +7,7 @@ refused. When it is lost too often it stays away. No tensors here, and no torch:
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -193,7 +194,7 @@ class ProcessClient:
     def _start_frame(self, child: Incarnation) -> Start:
         return Start(
             incarnation=child.id,
-            config=self._config.model_dump_json(),
+            config=json.dumps(self._config.model_dump(mode="json")),  # pydantic's own JSON makes null of an infinity
             factory=self._factory,
             heartbeat_seconds=self._supervision.heartbeat_seconds,
             log_level=logging.getLogger().getEffectiveLevel(),

@@ -13,9 +13,12 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from math import inf
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import numpy
@@ -23,7 +26,9 @@ import psutil
 import pytest
 
 from engine.client import Stream
+from engine.config import EngineConfig
 from engine.errors import ContextLengthExceeded, CrashingRequest, EngineDead, EngineError, EngineRestarting, InvalidRequest, SourceError
+from engine.incarnation import Incarnation
 from engine.process import ProcessClient
 from engine.request import SamplingParams
 from engine.supervision import Supervision
@@ -119,6 +124,25 @@ async def test_what_cannot_be_sent_harms_only_its_caller(wrong: dict[str, Any], 
             client.submit(msgspec.structs.replace(make_request(id="wrong"), **wrong))
         assert len(client._requests) == 1
         assert len(await tokens_of(neighbour)) == 30
+
+
+async def test_an_engine_takes_no_thread_from_the_event_loop() -> None:
+    """They are few, and it would hold one as long as it lives: the server tokenises long texts in them."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    async with started(), started() as client:
+        assert await asyncio.wait_for(asyncio.to_thread(threading.active_count), 5)
+        child_of(client).kill()
+        await until(lambda: not client.health.is_ready)
+
+
+class _Unbounded(EngineConfig):
+    dial: float = inf
+
+
+def test_a_number_without_bound_arrives_as_it_was_sent() -> None:
+    config = _Unbounded(model=make_config().model)
+    start = ProcessClient(config)._start_frame(cast("Incarnation", SimpleNamespace(id="i")))
+    assert _Unbounded.model_validate_json(start.config) == config
 
 
 async def test_a_frame_of_another_incarnation_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
