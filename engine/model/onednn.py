@@ -2,7 +2,7 @@
 
 torch lays a weight out anew in every call of `linear`; its compiler does it once, through the operators wrapped here. They are private,
 have no public twin, and no other file names them. Whether they are there and do what is expected is found out by trying,
-never from the processor's name: `why_not_*` says what is missing, and tests/model/test_onednn.py pins the behaviour.
+never from the processor's name: `why_not_*` says what is missing, and tests/model/test_linear.py pins the behaviour.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ _HALF_UP = torch.tensor(_UINT8_ZERO + 0.5)  # conversion to integers cuts off
 @cache
 def why_not_float(dtype: torch.dtype) -> str:
     """Why weights of `dtype` cannot be packed on this CPU; empty where they can."""
-    if dtype is not torch.float32 and not (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return f"{str(dtype).removeprefix('torch.')} products are not faster packed"
-    if reason := _why_no_library():
+    no_faster = f"{str(dtype).removeprefix('torch.')} products are not faster packed"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return no_faster
+    if reason := _why_no_library():  # before anything else is asked: without the library there is no operator to ask
         return reason
     weight, x = _sample((5, 8), dtype), _sample((3, 8), dtype)
     try:
+        if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return no_faster
         got = linear(x, pack(weight), None)
     except (AttributeError, RuntimeError, TypeError) as error:  # another torch: other names, other arguments
         return f"this torch cannot pack weights ({error})"

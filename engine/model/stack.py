@@ -46,7 +46,7 @@ class DecoderStack:
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
         self._rebuild(watch, kind)
-        self._require_equal(expected, _TOLERANCE[self.dtype] + kind.rounding)
+        self._require_equal(expected, kind)
 
     @property
     def num_layers(self) -> int:
@@ -112,8 +112,9 @@ class DecoderStack:
         self._model.lm_head = kind.make(self._model.lm_head)
 
     @torch.inference_mode()
-    def _require_equal(self, expected: Tensor, tolerance: float) -> None:
+    def _require_equal(self, expected: Tensor, kind: LinearKind) -> None:
         """The same sequences, packed, must get the logits [N, V] that the model's own forward gave each of them."""
+        tolerance = _TOLERANCE[self.dtype] + kind.rounding
         ids, block_size = self._check_ids(), 16
         cache = KVCache(self.num_layers, len(ids) * block_size, self.kv_shape, self.dtype, self.device)
         segments = [Segment([index], 0, len(row)) for index, row in enumerate(ids)]
@@ -122,7 +123,7 @@ class DecoderStack:
         if not difference <= tolerance:
             raise UnsupportedModel(
                 f"{self._model.config.model_type}: two packed sequences get other logits than the model's own forward gives them "
-                f"(off by {difference:.1e} of the largest logit; {tolerance:.0e} is allowed in {self.dtype})."
+                f"(off by {difference:.1e} of the largest logit; {tolerance:.0e} is allowed in {self.dtype} with {kind.note})."
             )
 
     def _check_ids(self) -> list[Tensor]:

@@ -49,6 +49,21 @@ def test_packed_rows_have_the_same_bits_at_any_number_of_rows(shape: tuple[int, 
 
 
 @needs_packing
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+@pytest.mark.parametrize("kind", [PackedLinear, pytest.param(Int8Linear, marks=needs_int8)])
+def test_rows_have_the_same_bits_however_many_threads_share_the_work(kind: type[nn.Module], num_threads: int) -> None:
+    """Other tests run on one. Few outputs of many inputs: threads that shared a sum would add in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        product, x = kind(layer(2048, 48)), rows(64, 2048)
+        whole = product(x)
+        assert [num for num in (1, 4, 5, 8, 17, 33) if not torch.equal(product(x[:num]), whole[:num])] == []
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_packing
 def test_what_is_packed_can_be_weighed() -> None:
     packed = PackedLinear(layer(48, 80, bias=True))
     assert sum(buffer.nbytes for buffer in packed.buffers()) == 4 * (48 * 80 + 80)
@@ -129,6 +144,22 @@ def test_a_library_that_computes_something_else_is_not_used(monkeypatch: pytest.
         assert onednn.why_not_float(torch.float32)
         with pytest.raises(ConfigError, match="quantization: 'int8' - "):
             choose("int8", torch.float32, CPU)
+    finally:
+        onednn.why_not_float.cache_clear()
+        onednn.why_not_int8.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_torch_without_the_library_is_said_and_its_operators_are_not_asked(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS, where there are none."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    onednn.why_not_float.cache_clear()
+    onednn.why_not_int8.cache_clear()
+    try:
+        assert choose("none", dtype, CPU).note == "linear layers as they are (this torch was built without oneDNN)"
+        with pytest.raises(ConfigError, match=r"built without oneDNN|beside them"):
+            choose("int8", dtype, CPU)
     finally:
         onednn.why_not_float.cache_clear()
         onednn.why_not_int8.cache_clear()
