@@ -28,9 +28,13 @@ from benchmarks.stats import Estimate, estimate, estimate_mean_per
 from benchmarks.turns import Comparison, Rows, Sides, Turns, compare, in_turns
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.errors import ConfigError
+from engine.model.linear import choose
+from engine.model.loader import resolve_device
 from engine.plan import Chunk, DraftBatch, QKind, StepPlan
 from engine.request import Choice, Request, SamplingParams
 from engine.sequence import Sequence
+from server.settings import load as load_deployment
 
 NO_DRAFTER: Mapping[str, Any] = {"model.drafter": {"kind": "none"}}
 FLOAT32: Mapping[str, Any] = {"model.target.dtype": "float32"}
@@ -59,6 +63,12 @@ class Setting:
     repetitions: int
     is_quick: bool  # shows that a bar runs; its figures mean little
     tick: Callable[[], None] = lambda: None  # after every prompt
+
+    @property
+    def device(self) -> str:
+        """What the engines run on, a GPU with its name. Raises ConfigError where it is not there."""
+        device = resolve_device(self.engine().engine.device)
+        return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
     def size(self, full: int, quick: int) -> int:
         return quick if self.is_quick else full
@@ -164,6 +174,7 @@ def eight_streams(setting: Setting) -> Measured:
 
 def int8(setting: Setting) -> Measured:
     """Tokens a second of one int8 stream over those of one float32 stream, no drafts."""
+    _require_int8(setting)
     quantised, plain = engine_program(setting.engine(NO_DRAFTER, INT8)), engine_program(setting.engine(NO_DRAFTER, FLOAT32))
     prompts, num_tokens = _built_in(setting.size(6, 2)), setting.size(128, 8)
     sides = Sides(
@@ -176,6 +187,7 @@ def int8(setting: Setting) -> Measured:
 
 def int8_perplexity(setting: Setting) -> Measured:
     """exp of how much less likely, a token, int8 weights find answers that people wrote."""
+    _require_int8(setting)
     if not setting.answers.exists():
         raise BarSkipped(f"{setting.answers} is not there; --answers names GSM8K (question, answer)")
     examples = [msgspec.json.decode(line, type=_Example) for line in setting.answers.read_bytes().splitlines()[: setting.size(100, 2)]]
@@ -196,10 +208,10 @@ def int8_perplexity(setting: Setting) -> Measured:
 
 # ---------------------------------------------------------------------- of the server
 def start(setting: Setting) -> Measured:
-    """Seconds from typing `cascade serve` to /ready. The first start, which may convert a model, is not counted."""
-    seconds = []
+    """Seconds from typing `cascade serve` to /ready, for the deployment as it is. The first start, which may convert, is not counted."""
+    seconds, config = list[float](), load_deployment(setting.config, {}).engine_part
     for i in range(1 + setting.repetitions):
-        with serve(setting.engine()) as served:
+        with serve(config) as served:
             if i:
                 seconds.append(served.seconds_to_ready)
         setting.tick()
@@ -227,12 +239,16 @@ def http_overhead(setting: Setting) -> Measured:
 
 
 def memory(setting: Setting) -> Measured:
-    """Resident memory of the server and its engine after many requests over that after a tenth of them."""
+    """Resident memory of the server and its engine after many requests over that after a tenth of them; a new server each repetition."""
     counts, config = (setting.size(20, 4), setting.size(200, 8)), setting.engine(FEW_BLOCKS)
-    with serve(config) as served:
-        early, late = asyncio.run(_sizes(served, config.model.name, counts))
-    setting.tick()
-    return Measured(estimate([late / early]), (late / early,), {"requests": counts, "resident_bytes": (early, late)})
+    sizes = list[tuple[int, int]]()
+    for _ in range(setting.repetitions):
+        with serve(config) as served:
+            early, late = asyncio.run(_sizes(served, config.model.name, counts))
+        sizes.append((early, late))
+        setting.tick()
+    ratios = tuple(late / early for early, late in sizes)
+    return Measured(estimate(ratios), ratios, {"requests": counts, "resident_bytes": sizes})
 
 
 async def _tpot(served: ServedDeployment, model: str, prompt: Prompt, num_tokens: int) -> float:
@@ -260,6 +276,14 @@ async def _sizes(served: ServedDeployment, model: str, counts: tuple[int, int]) 
 
 
 # ---------------------------------------------------------------------- parts
+def _require_int8(setting: Setting) -> None:
+    """Raises BarSkipped where this device or processor has no 8-bit products."""
+    try:
+        choose("int8", torch.float32, resolve_device(setting.engine().engine.device))
+    except ConfigError as reason:
+        raise BarSkipped(str(reason)) from reason
+
+
 def _built_in(count: int) -> list[Prompt]:
     return shuffled(read(BUILT_IN), count, seed=0)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import socket
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -17,8 +20,9 @@ from benchmarks import bars, programs
 from benchmarks.bars import MEASURES, SUMMARIES_AND_RETRIEVAL, BarSkipped, Setting
 from benchmarks.errors import BenchmarkError
 from benchmarks.prompts import of_text
-from benchmarks.served import serve
+from benchmarks.served import ServedDeployment, serve
 from benchmarks.speed import BARS, Bar, app
+from engine.config import EngineConfig
 from engine.model.loader import load as load_model
 
 
@@ -79,6 +83,13 @@ def test_perplexity_is_that_of_the_answers_alone(setting: Setting, tmp_path: Pat
     assert bars._loss(core, question, answer) == pytest.approx(-rows[range(3), answer].sum().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["int8", "int8-perplexity"])
+def test_a_processor_without_8_bit_products_skips_their_bars(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.model.onednn.why_not_int8", lambda: "8-bit products saturate on this processor")
+    with pytest.raises(BarSkipped, match="saturate on this processor"):
+        MEASURES[name](setting)
+
+
 def test_answers_that_end_at_once_leave_the_time_per_token_to_the_others(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     questions = [of_text(f"the the the {number}") for number in range(2)]
     monkeypatch.setattr(bars, "_chosen", lambda setting: questions)
@@ -120,9 +131,26 @@ def test_stopping_is_chosen(setting: Setting) -> None:
 
 def test_a_server_is_started_looked_at_and_ended(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CASCADE_API_KEYS", "sesame")  # of the user's own server; that of the bar must not ask for it
-    measured = MEASURES["memory"](setting)
-    assert measured.detail["resident_bytes"][0] > 10 << 20
-    assert 0.5 < measured.value.median < 2
+    measured = MEASURES["memory"](replace(setting, repetitions=2))
+    assert len(measured.repetitions) == 2
+    for (early, late), ratio in zip(measured.detail["resident_bytes"], measured.repetitions, strict=True):
+        assert early > 10 << 20
+        assert late / early == ratio
+    assert 0.5 < measured.value.low <= measured.value.median <= measured.value.high < 2
+
+
+def test_the_start_that_is_timed_is_of_the_deployment_as_it_is_and_not_the_first(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller KV cache would be there sooner."""
+    asked: list[EngineConfig] = []
+
+    @contextmanager
+    def served(config: EngineConfig) -> Iterator[ServedDeployment]:
+        asked.append(config)
+        yield ServedDeployment(cast("subprocess.Popen[bytes]", None), "", float(len(asked)))
+
+    monkeypatch.setattr(bars, "serve", served)
+    assert MEASURES["start"](replace(setting, repetitions=3)).repetitions == (2, 3, 4)
+    assert {int(config.engine.kv_cache) for config in asked} == {4 << 20}
 
 
 def test_a_server_that_cannot_start_is_one_line_with_its_last_words(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +172,9 @@ def test_the_command_prints_json_last_and_writes_the_same(tiny_config: Path, tmp
     assert (skipped["value"], skipped["is_met"]) == (None, None)
     assert "no is not there" in skipped["skipped"]
     assert measured["value"]["median"] > 0
-    assert len(report["headline"]) == 1
+    assert report["headline"][0] == "ngram: skipped, bar at least 1.5x", "a bar that was asked for is in the table, without paths"
+    assert report["headline"][1].startswith("eight-streams ")
+    assert report["target"]["device"] == "cpu"
 
 
 def test_a_bar_that_fails_leaves_what_the_others_measured(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +186,9 @@ def test_a_bar_that_fails_leaves_what_the_others_measured(tiny_config: Path, tmp
     arguments = ["--quick", "--bar", "eight-streams", "--bar", "ngram", "--config", str(tiny_config), "--output", str(out)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    measured, failed = json.loads(out.read_text())["bars"]
+    report = json.loads(out.read_text())
+    measured, failed = report["bars"]
+    assert report["headline"][1] == "ngram: failed, bar at least 1.5x"
     assert measured["value"]["median"] > 0
     assert (failed["failed"], failed["value"], failed["is_met"]) == ("the lamp went out", None, None)
     assert "ngram: failed: the lamp went out" in result.stderr
