@@ -33,6 +33,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables show a type even for a flag
 )
 
+train = typer.Typer(help="Train what speeds a target up.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(train, name="train")
+
 
 def main() -> None:
     """Entry point of the program."""
@@ -100,6 +103,21 @@ def bench(context: typer.Context) -> None:
 
     with one_line_errors("--debug" in context.args):
         benchmark(context.args, prog_name="cascade bench")
+
+
+@train.command("distil")
+def train_distil(
+    recipe: Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe, such as configs/train/smollm2-135m-drafter.yaml.")],
+    data_only: Annotated[bool, typer.Option("--data-only", help="Make the training data and stop.")] = False,
+    export_only: Annotated[bool, typer.Option("--export-only", help="Train no further: export what the checkpoint holds.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a drafter on what its target writes. Run again, it goes on where it was ended."""
+    from server.distil import Parts, run
+
+    with one_line_errors(debug):
+        console = Console(stderr=True)
+        run(recipe, Parts(data_only, export_only), console, progress_to(console))
 
 
 def progress_to(console: Console) -> Callable[[str], None]:

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from engine.config import Dtype
 from engine.errors import ConfigError, IncompatiblePair, SourceError, UnsupportedModel
 from engine.model.gguf_metadata import require_convertible
+from engine.model.parts import joined_weights
 from engine.model.source import CONFIG_FILE, first_line
 
 # whose packed layers were compared with their own forward pass, in tests/model and in the one matrix
@@ -244,11 +245,12 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
 
     Raises SourceError when files are missing or damaged, UnsupportedModel when weights and architecture do not match.
     """
-    config = read_config(path)
+    config, joined = read_config(path), joined_weights(path)
     with quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                path,
+                path if joined is None else None,
+                state_dict=joined,
                 config=config,
                 dtype=dtype,
                 device_map=device,

@@ -1,0 +1,163 @@
+"""The finished drafter as a folder: weights, config, the target's tokenizer, how it came about, and a card for people.
+
+A folder that is there is replaced only if it is such a folder itself. Refuses everything else before anything is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError, SourceError
+from engine.model.loader import quiet_transformers
+from engine.model.parts import write_weights
+from engine.train.config import DistilConfig
+from engine.train.distil import Position
+from engine.train.models import Student
+
+HISTORY = "training.json"
+CARD = "README.md"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class History:
+    """How a drafter came about."""
+
+    config: DistilConfig
+    command: str
+    position: Position
+    num_data_tokens: int  # of answers, validation included
+    num_examples: int
+    validations: list[dict[str, Any]]  # the log's, in order
+    versions: dict[str, str]
+
+
+def require_replaceable(folder: Path) -> None:
+    """Refuse an output folder that holds anything but a drafter of ours. Raises ConfigError."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / HISTORY).is_file():
+        raise ConfigError(f"output: {str(folder)!r} - holds something else than a trained drafter (no {HISTORY}). Name another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output: {str(folder)!r} - is a file")
+
+
+def export(student: Student, history: History, target_folder: Path) -> Path:
+    """Write the drafter. Raises ConfigError and SourceError; then what was there before is still there."""
+    config, output = history.config, Path(history.config.output)
+    require_replaceable(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.tmp-", dir=output.parent))
+        try:
+            _fill(temporary, student, config, target_folder)
+            content = config.model_dump(mode="json")
+            (temporary / HISTORY).write_text(
+                json.dumps({"recipe": content, "position": vars(history.position), "validations": history.validations}, indent=1) + "\n",
+                "utf-8",
+            )
+            (temporary / CARD).write_text(card(student, history), "utf-8")
+            for file in (temporary, *temporary.iterdir()):  # what is made privately is for everybody in its place
+                file.chmod(0o755 if file.is_dir() else 0o644)
+            if output.exists():
+                shutil.rmtree(output)
+            temporary.rename(output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise SourceError(f"{output} cannot be written: {error.strerror}.") from error
+    return output
+
+
+def _fill(folder: Path, student: Student, config: DistilConfig, target_folder: Path) -> None:
+    model, dtype = student.model, getattr(torch, config.drafter.dtype)
+    state = {name: weight.detach().to("cpu", dtype) for name, weight in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]  # the same as the embedding
+    for name, weight in state.items():
+        if not bool(weight.isfinite().all()):
+            raise ConfigError(f"drafter.dtype: {config.drafter.dtype!r} - cannot hold {name}; take float32")
+    write_weights(folder, state, int(config.max_file_size))
+    own = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": config.drafter.dtype}
+    own.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", "utf-8")
+    with quiet_transformers():
+        model.generation_config.save_pretrained(folder)
+    for name in _TOKENIZER_FILES:
+        if (target_folder / name).is_file():
+            shutil.copyfile(target_folder / name, folder / name)
+
+
+# ---------------------------------------------------------------------- card
+def card(student: Student, history: History) -> str:
+    """What somebody should know who finds the folder."""
+    config, position = history.config, history.position
+    shape, data, training = config.drafter, config.data, config.training
+    num_parameters = sum(p.numel() for p in student.model.parameters())
+    final = history.validations[-1]["sources"] if history.validations else {}
+    vocabulary = f"the {shape.draft_vocabulary:,} most frequent of" if shape.draft_vocabulary else "all"
+    drafted = f"{vocabulary} {student.model.config.vocab_size:,} tokens"
+    facts = [
+        ("target", f"`{_public(config.target.source)}`"),
+        ("shape", f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads; drafts {drafted}"),
+        ("parameters", f"{num_parameters:,}, stored as {shape.dtype}"),
+        ("data", f"{history.num_data_tokens:,} tokens of {history.num_examples:,} answers, written by the target, seed {data.seed}"),
+        ("training", f"{position.step:,} steps, {position.tokens:,} tokens (repeats included), loss {training.loss}, seed {training.seed}"),
+        ("time", f"{position.seconds / 3600:.1f} hours of training"),
+        ("made by", f"`{history.command}`, {', '.join(f'{name} {version}' for name, version in history.versions.items())}"),
+        ("licence", config.licence),
+    ]
+    lines = [
+        "---",
+        f"license: {config.licence.lower()}",
+        "---",
+        "",
+        f"# {Path(config.output).name}",
+        "",
+        "A drafter for speculative decoding: it writes ahead, its target checks. Alone it is not a useful model.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in facts),
+        "",
+        "## How often its drafts stand",
+        "",
+        "On prompts that were not trained on, teacher-forced on the target's own answers: the mean of sum min(p, q), which is the",
+        "probability that one draft is accepted at temperature 1 under the rule exact, and the share of positions at which both models",
+        "have the same favourite, which is that at temperature 0.",
+        "",
+        "| prompts | tokens | temperature 1 | temperature 0 | loss |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {name} | {s['num_tokens']:,} | {s['acceptance']:.3f} | {s['agreement']:.3f} | {s['loss']:.3f} |"
+            for name, s in sorted(final.items(), key=lambda item: (item[0] == "all", item[0]))
+        ),
+        "",
+        "## Where its data came from",
+        "",
+        "| source | share | what |",
+        "| --- | --- | --- |",
+        *(f"| {source.name} | {source.weight:g} | {_what(source)} |" for source in data.sources),
+        "",
+        f"Temperatures of the answers: {', '.join(f'{t.temperature:g} (share {t.weight:g})' for t in data.temperatures)}; at most "
+        f"{data.max_tokens} tokens each.",
+        f"The whole recipe, and every validation, are in {HISTORY}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _public(source: str) -> str:
+    """A source without a machine's folders in it."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _what(source: Any) -> str:
+    if source.kind == "self":
+        return f"the target's own questions, sampled at temperature {source.temperature:g}, top-p {source.top_p:g}, and its answers"
+    return f"prompts of {Path(source.path).name}, answered by the target"

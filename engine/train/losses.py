@@ -1,0 +1,57 @@
+"""How far a drafter is from its target, row by row, and the gradient of that; nothing here knows a model.
+
+q is the drafter's distribution, p the target's. With a reduced vocabulary D, q is zero outside D, and what p has there cannot be won:
+
+- kl: sum over D of p (log p - log q). Over all tokens it is KL(p || q), which would be infinite otherwise. It is p(D) times the divergence
+  of p within D, and a constant: a position counts as much as p's mass in D.
+- tv: the sum over all tokens of max(0, p - q), so 1 - sum over D of min(p, q): the probability that a draft is rejected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Loss = Literal["kl", "tv"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """R rows, judged."""
+
+    loss: Tensor  # [R]
+    acceptance: Tensor  # [R], sum of min(p, q): how likely a draft at temperature 1 stands
+    agreement: Tensor  # [R], bool: both have the same favourite
+    gradient: Tensor | None  # [R, N], of the sum of losses with respect to the drafter's logits
+
+
+@torch.no_grad()
+def judge(drafter: Tensor, target: Tensor, loss: Loss, draft_ids: Tensor | None = None, needs_gradient: bool = True) -> Judgement:
+    """Compare logits of a drafter [R, N] with those of the target [R, V]; `draft_ids` [N] are the tokens of the drafter's head, None all.
+
+    Both are made float32 at least. The gradient is written down rather than left to autograd, which would hold three more such matrices.
+    """
+    log_q = torch.log_softmax(drafter.to(torch.promote_types(drafter.dtype, torch.float32)), dim=-1)
+    log_p = torch.log_softmax(target.to(torch.promote_types(target.dtype, torch.float32)), dim=-1)
+    favourite = log_p.argmax(-1)
+    if draft_ids is not None:
+        log_p = log_p.index_select(-1, draft_ids)
+    q, p = log_q.exp(), log_p.exp()
+    acceptance = torch.minimum(p, q).sum(-1)
+    drafted = log_q.argmax(-1)
+    agreement = favourite == (drafted if draft_ids is None else draft_ids[drafted])
+    if loss == "tv":
+        value, gradient = 1 - acceptance, _tv_gradient(p, q) if needs_gradient else None
+    else:
+        value = log_p.sub_(log_q).mul_(p).sum(-1)
+        gradient = q.mul_(p.sum(-1, keepdim=True)).sub_(p) if needs_gradient else None
+    return Judgement(value, acceptance, agreement, gradient)
+
+
+def _tv_gradient(p: Tensor, q: Tensor) -> Tensor:
+    """Of -sum min(p, q) through the softmax: q (g - sum of q g) with g = -1 where q < p."""
+    won = (q < p).to(q.dtype).mul_(q)  # q where more of it is accepted
+    return q.mul_(won.sum(-1, keepdim=True)).sub_(won)

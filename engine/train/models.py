@@ -1,0 +1,180 @@
+"""The two models of a training run: the target, whose distribution is learnt, and the drafter, which learns it.
+
+Both are transformers' own, with their own forward pass: positions are filled up on the right, and a causal model needs no mask for that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.errors import ConfigError, EngineError
+from engine.model.loader import quiet_transformers, require_supported
+from engine.model.source import first_line
+from engine.train.batches import Batch
+from engine.train.config import DrafterShape
+from engine.train.shards import Example
+
+
+class Teacher(Protocol):
+    """Who says what the target's last hidden states are."""
+
+    def states(self, batch: Batch) -> Tensor:
+        """[R, hidden] of a batch's rows, normed: what the head takes."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[R, V]"""
+        ...
+
+
+class TargetTeacher:
+    """Runs the target."""
+
+    def __init__(self, model: Any):
+        """`model` is a transformers ...ForCausalLM without gradients."""
+        self._model = model
+
+    @torch.inference_mode()
+    def states(self, batch: Batch) -> Tensor:
+        return hidden_rows(self._model, batch)
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        return self._model.lm_head(states)  # type: ignore[no-any-return]  # transformers' modules are untyped
+
+
+class Student:
+    """The drafter in training. With a reduced vocabulary its head is some rows of the embedding."""
+
+    def __init__(self, model: Any, draft_ids: Tensor | None = None):
+        """`draft_ids` [N] are the tokens that it may draft, ascending; None for all."""
+        self.model = model
+        self.draft_ids = draft_ids
+
+    def states(self, batch: Batch) -> Tensor:
+        """[R, hidden] of a batch's rows, normed."""
+        return hidden_rows(self.model, batch)
+
+    def head(self) -> Tensor:
+        """[N, hidden], the rows of its head."""
+        weight: Tensor = self.model.lm_head.weight
+        return weight if self.draft_ids is None else weight.index_select(0, self.draft_ids)
+
+
+def hidden_rows(model: Any, batch: Batch) -> Tensor:
+    """Last hidden states [R, hidden], normed, at a batch's rows."""
+    hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch.rows)  # type: ignore[no-any-return]  # transformers' modules are untyped
+
+
+def new_drafter(shape: DrafterShape, target: Any, seed: int) -> Any:
+    """A model of that shape for a target's vocabulary, in float32 on the CPU. Raises ConfigError for a shape that cannot be."""
+    config = drafter_config(shape, target.config)
+    torch.manual_seed(seed)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if shape.init.embedding == "target":
+        _take_embedding(model, target)
+    for place, layer in enumerate(shape.init.from_target_layers):
+        _take_layer(model, place, target, layer)
+    return model
+
+
+def drafter_config(shape: DrafterShape, target: Any) -> Any:
+    """The transformers config of a shape, beside the target's config. Raises ConfigError."""
+    entries: dict[str, Any] = {
+        "vocab_size": target.vocab_size,
+        "hidden_size": shape.hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads or shape.num_heads,
+        "head_dim": shape.head_dim or shape.hidden_size // shape.num_heads,
+        "intermediate_size": shape.intermediate_size,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "max_position_embeddings": target.max_position_embeddings,
+        **{key: getattr(target, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+    if shape.model_type == target.model_type:
+        entries["rope_parameters"] = dict(target.rope_parameters)
+    try:
+        config = AutoConfig.for_model(shape.model_type, **(entries | shape.options), attn_implementation="sdpa")
+        config.architectures = None
+        require_supported(config, "drafter")
+    except EngineError:
+        raise
+    except Exception as error:  # transformers checks with whatever is at hand
+        raise ConfigError(f"drafter: transformers knows no {shape.model_type} of this shape: {first_line(error)}") from error
+    return config
+
+
+@torch.no_grad()
+def _take_embedding(model: Any, target: Any) -> None:
+    """The target's embedding, in as many of its directions as the drafter is wide."""
+    own: Tensor = model.model.embed_tokens.weight
+    pairs = [(own, target.model.embed_tokens.weight)]
+    if not model.config.tie_word_embeddings:
+        pairs.append((model.lm_head.weight, target.lm_head.weight))
+    for ours, theirs in pairs:
+        ours.copy_(_narrowed(theirs.float().cpu(), ours.shape[-1], model.config.initializer_range))
+
+
+def _narrowed(weight: Tensor, width: int, scale: float) -> Tensor:
+    """A weight [V, H] as [V, width]: itself, or its projection on its first singular vectors, of a root mean square of `scale`.
+
+    The scale is that of fresh weights: a tied head over larger rows would begin by repeating whatever it reads.
+    """
+    if weight.shape[-1] == width:
+        return weight
+    if weight.shape[-1] < width:
+        raise ConfigError(f"drafter.hidden_size: {width} - is more than the target's {weight.shape[-1]}; take init.embedding random")
+    values, vectors = torch.linalg.eigh(weight.double().T @ weight.double())  # ascending
+    chosen = vectors[:, values.argsort(descending=True)[:width]]
+    signs = chosen.gather(0, chosen.abs().argmax(0, keepdim=True)).sign()  # else the library's choice would be in the weights
+    narrow: Tensor = (weight.double() @ (chosen * signs)).float()
+    return narrow * (scale / narrow.square().mean().sqrt())
+
+
+def _take_layer(model: Any, place: int, target: Any, layer: int) -> None:
+    layers = target.model.layers
+    if layer >= len(layers):
+        raise ConfigError(f"drafter.init.from_target_layers: {layer} - must be less than {len(layers)}, the target's number of layers")
+    try:
+        model.model.layers[place].load_state_dict(layers[layer].state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"drafter.init.from_target_layers: {layer} - a layer of the target has another shape than one of the drafter; widths, "
+            "heads and model_type must be equal"
+        ) from error
+    if place == 0 and model.model.norm.weight.shape == target.model.norm.weight.shape:
+        model.model.norm.load_state_dict(target.model.norm.state_dict())
+
+
+def frequent_ids(examples: Sequence[Example], number: int, always: Sequence[int]) -> Tensor:
+    """The `number` tokens [N], ascending, that answers hold most often, the end tokens always among them.
+
+    Raises ConfigError where answers hold fewer different ones: then a smaller vocabulary is the honest one.
+    """
+    counts = Counter(token_id for example in examples for token_id in example.answer_ids)
+    ranked = sorted(counts.keys() - set(always), key=lambda token_id: (-counts[token_id], token_id))
+    chosen = [*dict.fromkeys(always), *ranked][:number]
+    if len(chosen) < number:
+        raise ConfigError(f"drafter.draft_vocabulary: {number} - must be at most {len(chosen)}, so many tokens occur in the answers")
+    return torch.tensor(sorted(chosen))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and embeddings do not."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.get_output_embeddings().weight)}  # type: ignore[operator]
+    parameters = list(model.parameters())
+    decaying = [p for p in parameters if p.ndim > 1 and id(p) not in embeddings]
+    known = {id(p) for p in decaying}
+    return [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in known], "weight_decay": 0.0},
+    ]
