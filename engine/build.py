@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from engine.config import (
+    AdaptiveLengthConfig,
+    ConfidenceLengthConfig,
     EngineConfig,
     HeuristicLengthConfig,
     ModelDrafterConfig,
@@ -23,6 +25,9 @@ from engine.config import (
     RuntimeConfig,
 )
 from engine.core import EngineCore, Parts
+from engine.draft.adaptive import AdaptiveLength
+from engine.draft.confidence import ConfidenceLength
+from engine.draft.costs import PassCosts
 from engine.draft.length import FixedLength, HeuristicLength
 from engine.draft.model import ModelDrafter
 from engine.draft.ngram import NGramDrafter, NoDrafter
@@ -33,8 +38,9 @@ from engine.model.loader import PairMember, check_pair, context_length, end_toke
 from engine.model.memory import available_bytes
 from engine.model.paged import PagedModel, kv_bytes_per_token
 from engine.model.runner import ModelRunner
-from engine.model.source import Progress, fetch_config, locate, resolve, silent
+from engine.model.source import Progress, default_cache_dir, fetch_config, locate, resolve, silent
 from engine.model.stack import DecoderStack
+from engine.model.timing import pass_seconds
 from engine.plan import Drafter, DraftLengthPolicy, LogitsProcessor, Rule
 from engine.request import Choice, Request, SamplingParams
 from engine.sampling.distributions import Distributions
@@ -58,11 +64,20 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Seconds of a pass of each model, by rows."""
+
+    target: Mapping[int, float] = field(default_factory=dict)
+    drafter: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Extras:
     """What code may plug in that no config names; tests do."""
 
     rules: Mapping[str, Rule] = field(default_factory=lambda: RULES)
     processors: ListLike[LogitsProcessor] = ()
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +129,8 @@ def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | N
         check_pair(_pair_member(config.model.target, target_path), _pair_member(drafter_source, drafter_path))
     target = _load(config.model.target, target_path, config.engine, progress)
     drafter = _load(drafter_source, drafter_path, config.engine, progress) if drafter_source and drafter_path else None
-    core = assemble(config, target, drafter)
     progress("Warming up")
+    core = assemble(config, target, drafter, Extras(costs=_measured(config, target, drafter, cache_dir or default_cache_dir())))
     _warm_up(core)
     return core
 
@@ -129,12 +144,12 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     block_size = config.engine.block_size
     require_memory(memory.bytes_per_token * memory.num_blocks * block_size, target.stack.device)
     distributions = Distributions(extras.processors)
-    policy = make_policy(config)
+    policy = make_policy(config, extras.costs)
     parts = Parts(
         scheduler=Scheduler(
             BlockPool(memory.num_blocks, block_size), Limits(config.engine.max_sequences, config.engine.max_step_tokens), policy
         ),
-        drafter=_make_drafter(config, drafter, distributions, extras.rules, (memory.num_blocks, vocab_size)),
+        drafter=_make_drafter(config, drafter, memory.num_blocks, _Drafting(distributions, extras.rules, policy, vocab_size)),
         runner=ModelRunner(PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)),
         distributions=distributions,
         verifier=VERIFIERS[config.speculation.verification](extras.rules),
@@ -161,27 +176,54 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     return EngineCore(parts, info)
 
 
-def make_policy(config: EngineConfig) -> DraftLengthPolicy:
+def make_policy(config: EngineConfig, costs: Costs | None = None) -> DraftLengthPolicy:
     """The draft-length policy of a config. Without a drafter no slots are reserved."""
-    length = config.speculation.draft_length
+    length, costs = config.speculation.draft_length, costs or Costs()
     if isinstance(config.model.drafter, NoDrafterConfig):
         return FixedLength(0)
-    if isinstance(length, HeuristicLengthConfig):
-        return HeuristicLength(length.start, length.max)
+    match length:
+        case HeuristicLengthConfig():
+            return HeuristicLength(length.start, length.max)
+        case ConfidenceLengthConfig():
+            return ConfidenceLength(length.max, length.threshold, length.cumulative)
+        case AdaptiveLengthConfig():
+            drafter = PassCosts(costs.drafter) if isinstance(config.model.drafter, ModelDrafterConfig) else None
+            return AdaptiveLength(length.max, config.engine.max_step_tokens, PassCosts(costs.target), drafter)
     return FixedLength(length.max)
 
 
-def _make_drafter(
-    config: EngineConfig, member: Member | None, distributions: Distributions, rules: Mapping[str, Rule], shape: tuple[int, int]
-) -> Drafter:
-    """`shape` is the number of blocks and the size of the common vocabulary."""
-    kind, (num_blocks, vocab_size) = config.model.drafter, shape
+def _measured(config: EngineConfig, target: Member, drafter: Member | None, cache_dir: Path) -> Costs | None:
+    """What passes cost, if the policy asks."""
+    if not isinstance(config.speculation.draft_length, AdaptiveLengthConfig) or isinstance(config.model.drafter, NoDrafterConfig):
+        return None
+
+    def seconds(member: Member, source: ModelSource) -> dict[int, float]:
+        key = {"path": str(member.path), "dtype": str(member.stack.dtype), "quantization": source.quantization}
+        return pass_seconds(member.stack, key, cache_dir)
+
+    source = config.model.drafter
+    own = seconds(drafter, source) if drafter is not None and isinstance(source, ModelDrafterConfig) else {}
+    return Costs(seconds(target, config.model.target), own)
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """What a drafter that is a model shares with the rest of the engine."""
+
+    distributions: Distributions
+    rules: Mapping[str, Rule]
+    policy: DraftLengthPolicy
+    vocab_size: int  # what the pair has in common
+
+
+def _make_drafter(config: EngineConfig, member: Member | None, num_blocks: int, shared: _Drafting) -> Drafter:
+    kind = config.model.drafter
     if isinstance(kind, NGramDrafterConfig):
         return NGramDrafter(kind.max_n, kind.min_n)
     if member is None:
         return NoDrafter()
-    model = PagedModel(member.stack, num_blocks, config.engine.block_size, vocab_size)
-    return ModelDrafter(model, distributions, member.context_length, rules)
+    model = PagedModel(member.stack, num_blocks, config.engine.block_size, shared.vocab_size)
+    return ModelDrafter(model, shared.distributions, member.context_length, shared.rules, shared.policy)
 
 
 def _drafter_name(config: EngineConfig) -> str:

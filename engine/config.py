@@ -84,7 +84,25 @@ class HeuristicLengthConfig(Section):
         return self
 
 
-LengthConfig = Annotated[FixedLengthConfig | HeuristicLengthConfig, Field(discriminator="policy")]
+class ConfidenceLengthConfig(Section):
+    """Stops drafting behind a row of which the drafter is unsure. The threshold adapts to what becomes of the drafts."""
+
+    policy: Literal["confidence"] = "confidence"
+    max: int = Field(8, ge=0, le=64)
+    threshold: float = Field(0.4, ge=0, le=1, description="to begin with")
+    cumulative: bool = Field(False, description="compare the product of all confidences of a round, not the newest one")
+
+
+class AdaptiveLengthConfig(Section):
+    """As many drafts, zero included, as bring most tokens a second, by what stood so far and what passes cost here."""
+
+    policy: Literal["adaptive"] = "adaptive"
+    max: int = Field(8, ge=0, le=64)
+
+
+LengthConfig = Annotated[
+    FixedLengthConfig | HeuristicLengthConfig | ConfidenceLengthConfig | AdaptiveLengthConfig, Field(discriminator="policy")
+]
 
 RuleName = Literal[
     "exact", "lossy", "chow", "diff", "opt", "token_v1", "token_v2", "token_v3", "chow_log", "diff_log", "bild"
@@ -116,7 +134,7 @@ class SpeculationConfig(Section):
     rule: RuleName = "exact"
     alpha: Alpha = None
     verification: Literal["token", "block"] = Field("token", description="block: more drafts stand, and a seed fixes the law, not the text")
-    draft_length: LengthConfig = HeuristicLengthConfig()
+    draft_length: LengthConfig = AdaptiveLengthConfig()
     presets: dict[Annotated[str, Field(min_length=1, pattern=r"^[^:\s]+$")], Preset] = {}
     allow_rules: tuple[RuleName, ...] | None = Field(None, description="rules that a request may ask for; null: all")
     max_alpha: dict[RuleName, float] = Field({}, description="the largest alpha that a request may ask for, by rule")

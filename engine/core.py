@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from engine.model.runner import ModelRunner
-from engine.plan import DraftBatch, Drafter, RowBatch, StepPlan, Verdict
+from engine.plan import DraftBatch, Drafter, RowBatch, StepPlan, StepTiming, Verdict
 from engine.request import Request, TokenDelta
 from engine.sampling.distributions import Distributions
 from engine.sched.scheduler import Scheduler, SchedulerCounters
@@ -67,11 +67,13 @@ class EngineCore:
         began, parts, before = time.perf_counter(), self._parts, replace(self._parts.scheduler.counters)
         plan = parts.scheduler.schedule()
         drafts = parts.drafter.propose(plan, parts.max_drafter_tokens)
+        drafted = time.perf_counter()
         plan = plan.held_back(drafts.lagging)
         logits, rows = parts.runner.forward(plan, drafts)
         logits, rows = windows_of(logits, rows)
         p = parts.distributions.of(logits, rows)
         verdict = parts.verifier.verify(drafts, p, rows)
+        parts.scheduler.policy.observe_step(_timing(plan, drafts, (began, drafted, time.perf_counter())))
         deltas = parts.scheduler.commit(plan, drafts, verdict)
         self._observe(plan, verdict)
         stats = self._stats(plan, drafts, deltas, before, time.perf_counter() - began)
@@ -103,3 +105,14 @@ class EngineCore:
             num_prefix_queried_tokens=now.num_prefix_queried_tokens - before.num_prefix_queried_tokens,
             num_prefix_hit_tokens=now.num_prefix_hit_tokens - before.num_prefix_hit_tokens,
         )
+
+
+def _timing(plan: StepPlan, drafts: DraftBatch, times: tuple[float, float, float]) -> StepTiming:
+    began, drafted, ended = times
+    return StepTiming(
+        num_target_rows=sum(chunk.num_tokens for chunk in plan.chunks) + drafts.num_draft_tokens,
+        target_seconds=ended - drafted,
+        num_drafter_calls=drafts.num_passes,
+        num_drafter_rows=drafts.num_rows,
+        drafter_seconds=drafted - began,
+    )

@@ -94,6 +94,9 @@ class DraftBatch:
     drafter_computed: tuple[int, ...]  # [C] the drafter's watermark, drafts included
     lagging: tuple[bool, ...]  # [C] a row is due and the drafter has not caught up: emit nothing yet
     num_calls: tuple[int, ...]  # [C] passes of the drafter that the chunk took part in
+    confidences: tuple[tuple[float, ...], ...] = ()  # [B] of each draft's row, its largest raw probability; empty if nobody reads it
+    num_passes: int = 0  # of the drafter in this step
+    num_rows: int = 0  # tokens that these ran
 
     @property
     def num_draft_tokens(self) -> int:
@@ -150,17 +153,38 @@ class Drafter(Protocol):
         """The sequence has left the engine."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """What one step ran, and how long that took."""
+
+    num_target_rows: int
+    target_seconds: float  # from the drafts to the verdict
+    num_drafter_calls: int  # passes of the drafter
+    num_drafter_rows: int  # over so many tokens in all
+    drafter_seconds: float
+
+
 class DraftLengthPolicy(Protocol):
-    """How many tokens to draft, chosen for the whole batch together. The text may not depend on it."""
+    """How many tokens to draft. May look at rows, counts and times, never at a drafted token: the law of the text may not depend on it."""
 
     max_length: int
+    reads_confidence: bool  # the drafter is to ask `keep_going` behind each draft
 
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
-        """Drafts for each sequence, at most its limit, in all at most `budget`."""
+        """Drafts for each sequence, chosen for the whole batch together: at most its limit, in all at most `budget`."""
 
-    def observe(self, seq: Sequence, num_draft: int, num_accepted: int) -> None: ...
+    def keep_going(self, seq: Sequence, confidences: ListLike[float]) -> bool:
+        """Whether to draft on. `confidences`: of each row that this round's drafts were drawn from, its largest raw probability; empty
+        unless `reads_confidence`."""
 
-    def forget(self, seq: Sequence) -> None: ...
+    def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
+        """What became of a sequence's drafts. `confidences` is empty where the drafter has none."""
+
+    def observe_step(self, timing: StepTiming) -> None:
+        """What the step took."""
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has left the engine."""
 
 
 class RawRows(Protocol):

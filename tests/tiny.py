@@ -15,7 +15,7 @@ import torch
 from pydantic import ByteSize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.build import Extras, Member, assemble
+from engine.build import Costs, Extras, Member, assemble
 from engine.config import (
     DrafterConfig,
     EngineConfig,
@@ -204,6 +204,10 @@ _DRAFTERS: dict[str, DrafterConfig] = {
 }
 
 
+# an adaptive policy begins with these, and what it then sees of the tiny models is noise: its lengths differ from run to run
+DRAFTS_PAY = Costs({1: 1.0, 64: 1.2}, {1: 0.05})
+
+
 def make_core(setup: Setup) -> EngineCore:
     """An engine over the tiny models."""
     # the paged attention is set on a shallow copy's config, so that the naive model keeps its own
@@ -226,7 +230,7 @@ def make_core(setup: Setup) -> EngineCore:
             kv_cache=ByteSize(bytes_per_token * setup.block_size * setup.num_blocks),
         ),
     )
-    return assemble(config, target, drafter, Extras(rules=TEST_RULES, processors=setup.processors))
+    return assemble(config, target, drafter, Extras(TEST_RULES, setup.processors, DRAFTS_PAY))
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence as ListLike
 
+from engine.plan import StepTiming
 from engine.sequence import Sequence
 
 
@@ -28,27 +29,35 @@ def share_budget(wanted: list[int], budget: int) -> list[int]:
 class FixedLength:
     """The same number of drafts in every step."""
 
+    reads_confidence = False
+
     def __init__(self, max_length: int):
         self.max_length = max_length
 
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
         return share_budget([min(self.max_length, limit) for limit in limits], budget)
 
-    def observe(self, seq: Sequence, num_draft: int, num_accepted: int) -> None:
+    def keep_going(self, seq: Sequence, confidences: ListLike[float]) -> bool:
+        return True
+
+    def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         """A fixed length learns nothing."""
+
+    def observe_step(self, timing: StepTiming) -> None:
+        """Nor from times."""
 
     def forget(self, seq: Sequence) -> None:
         """Nothing is remembered."""
 
 
-class HeuristicLength:
+class HeuristicLength(FixedLength):
     """Two more drafts after a round in which all were accepted, one fewer otherwise, between 1 and the maximum.
 
     The schedule of transformers' assisted generation; its default start is 20, ours is the deployment's.
     """
 
     def __init__(self, start: int, max_length: int):
-        self.max_length = max_length
+        super().__init__(max_length)
         self._start = start
         self._length: dict[Sequence, int] = {}
 
@@ -56,7 +65,7 @@ class HeuristicLength:
         wanted = [min(self._length.get(seq, self._start), limit) for seq, limit in zip(seqs, limits, strict=True)]
         return share_budget(wanted, budget)
 
-    def observe(self, seq: Sequence, num_draft: int, num_accepted: int) -> None:
+    def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         if not num_draft:
             return
         length = self._length.get(seq, self._start)

@@ -7,14 +7,14 @@ which all drafts stood. It catches up inside `propose`, under its own budget, ol
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
-from engine.plan import Chunk, DraftBatch, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
+from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
 from engine.sampling.distributions import Distributions
 from engine.sampling.draws import Purpose, draw, uniforms
 from engine.sequence import Sequence
@@ -31,6 +31,8 @@ class _Draft:
     num_drafted: int = 0
     num_calls: int = 0
     is_lagging: bool = False
+    is_unsure: bool = False  # nothing more is to be drafted
+    confidences: list[float] = field(default_factory=list)  # of its rows, if the policy reads them
 
     @property
     def seq(self) -> Sequence:
@@ -41,11 +43,14 @@ class _Draft:
         return self.num_rows > self.num_drafted
 
     def wants_draft(self) -> bool:
-        return self.has_row() and self.num_drafted < self.chunk.max_draft
+        return self.has_row() and self._may_draft()
 
     def wants_row_behind(self) -> bool:
         """Whether the newest draft is to be run: for the next one, or because every position needs a row."""
-        return self.num_drafted < self.chunk.max_draft or self.seq.needs_q
+        return self._may_draft() or self.seq.needs_q
+
+    def _may_draft(self) -> bool:
+        return self.num_drafted < self.chunk.max_draft and not self.is_unsure
 
 
 @dataclass(slots=True)
@@ -61,9 +66,17 @@ class _Table:
 class ModelDrafter:
     """Drafts with a PagedModel of the target's vocabulary."""
 
-    def __init__(self, model: PagedModel, distributions: Distributions, context_length: int, rules: Mapping[str, Rule]):
+    def __init__(
+        self,
+        model: PagedModel,
+        distributions: Distributions,
+        context_length: int,
+        rules: Mapping[str, Rule],
+        policy: DraftLengthPolicy,
+    ):
         """`context_length`: positions that the model can hold. Behind them there are no rows, and no drafts."""
         self._model = model
+        self._policy = policy
         self._reading_q = frozenset(name for name, rule in rules.items() if rule.needs_q)
         self._distributions = distributions
         self._context_length = context_length
@@ -151,6 +164,10 @@ class ModelDrafter:
             table.logits[at] = rows.logits
         for draft in drafts:
             draft.num_rows += 1
+        if self._policy.reads_confidence and rows.logits is not None:
+            # at temperature 1: a greedy row is always sure of itself
+            for draft, confidence in zip(drafts, (rows.logits.amax(-1) - rows.logits.logsumexp(-1)).exp().tolist(), strict=True):
+                draft.confidences.append(confidence)
 
     def _extend(self, table: _Table, drafts: list[_Draft]) -> int:
         """Draw one more token for each, and run those behind which a row is wanted. Returns the tokens run or drawn."""
@@ -162,6 +179,7 @@ class ModelDrafter:
         table.ids[at] = drawn
         for draft in drafts:
             draft.num_drafted += 1
+            draft.is_unsure = not self._policy.keep_going(draft.seq, draft.confidences[: draft.num_drafted])
         run = [i for i, d in enumerate(drafts) if d.wants_row_behind() and d.computed < self._context_length]
         if run:
             running = [drafts[i] for i in run]
@@ -182,4 +200,7 @@ class ModelDrafter:
             drafter_computed=tuple(d.computed for d in drafts),
             lagging=tuple(d.is_lagging for d in drafts),
             num_calls=tuple(d.num_calls for d in drafts),
+            confidences=tuple(tuple(d.confidences[: d.num_drafted]) for d in table.drafts) if self._policy.reads_confidence else (),
+            num_passes=max((d.num_calls for d in drafts), default=0),
+            num_rows=sum(max(0, d.computed - d.chunk.seq.drafter_computed) for d in drafts),
         )

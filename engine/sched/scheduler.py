@@ -199,7 +199,7 @@ class Scheduler:
             seq.num_drafter_calls += drafts.num_calls[index]
             reason = None
             if chunk.completes:
-                delta = self._emit(seq, drafts.lengths[row], verdict, row)
+                delta = self._emit(seq, drafts, verdict, row)
                 deltas.append(delta)
                 reason, row = delta.finish_reason, row + 1
             seq.drafter_computed = min(drafts.drafter_computed[index], seq.num_computed)  # rollback moves two pointers
@@ -212,7 +212,7 @@ class Scheduler:
                 self._retire(seq)
         return deltas
 
-    def _emit(self, seq: Sequence, num_draft: int, verdict: Verdict, row: int) -> TokenDelta:
+    def _emit(self, seq: Sequence, drafts: DraftBatch, verdict: Verdict, row: int) -> TokenDelta:
         """Append the accepted window, cut at the first stop token, and the KV with it."""
         emitted, sampling = verdict.token_ids[row], seq.request.sampling
         assert len(emitted) <= seq.num_remaining
@@ -222,9 +222,9 @@ class Scheduler:
         seq.num_computed += min(verdict.num_accepted[row], len(kept))
         reason = FinishReason.STOP if stop is not None else FinishReason.LENGTH if seq.num_remaining == 0 else None
         # drafts behind an end token could never be emitted, whatever the rule says: they are counted nowhere
-        num_draft = num_draft if stop is None else min(num_draft, len(kept))
+        num_draft = drafts.lengths[row] if stop is None else min(drafts.lengths[row], len(kept))
         num_accepted = min(verdict.num_accepted[row], num_draft)
-        self.policy.observe(seq, num_draft, num_accepted)
+        self.policy.observe(seq, num_draft, num_accepted, drafts.confidences[row] if drafts.confidences else ())
         mask = (1 << num_draft) - 1
         became = Round(num_draft, num_accepted, verdict.deferred_masks[row] & mask, verdict.lossy_masks[row] & mask)
         return TokenDelta(

@@ -12,7 +12,17 @@ from pydantic import ByteSize
 from tokenizers import Tokenizer, models
 
 from engine.build import build
-from engine.config import DrafterConfig, EngineConfig, ModelDrafterConfig, ModelPair, ModelSource, NGramDrafterConfig, RuntimeConfig
+from engine.config import (
+    DrafterConfig,
+    EngineConfig,
+    FixedLengthConfig,
+    ModelDrafterConfig,
+    ModelPair,
+    ModelSource,
+    NGramDrafterConfig,
+    RuntimeConfig,
+    SpeculationConfig,
+)
 from engine.errors import IncompatiblePair, SourceError, UnsupportedModel
 from engine.request import Request, SamplingParams
 from tests.reference import answer
@@ -40,6 +50,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(root: Path, drafter: DrafterConfig) -> EngineConfig:
     return EngineConfig(
         model=ModelPair(name="tiny", target=ModelSource(source=str(root / "target"), dtype="float64"), drafter=drafter),
+        speculation=SpeculationConfig(draft_length=FixedLengthConfig(max=4)),
         engine=RuntimeConfig(device="cpu", kv_cache=ByteSize(1 << 18), block_size=4),
     )
 

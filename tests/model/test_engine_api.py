@@ -41,6 +41,7 @@ def running(folder: Path) -> Engine:
                     "target": {"source": str(folder / "target"), "dtype": "float64"},
                     "drafter": {"kind": "model", "source": str(folder / "drafter"), "dtype": "float64"},
                 },
+                "speculation": {"draft_length": {"policy": "fixed", "max": 4}},
                 "engine": {"device": "cpu", "max_sequences": 2, "kv_cache": "128KiB"},
             }
         )

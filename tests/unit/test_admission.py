@@ -56,8 +56,9 @@ def test_prompts_that_cannot_be_run_are_refused() -> None:
 
 
 def test_an_unknown_rule_and_a_finished_choice_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="'chow'"):
-        ADMISSION.check(msgspec.structs.replace(make_request(), speculation=SpeculationParams(rule="chow")), num_open=0)
+    for rule, said in (("best", "Unknown rule 'best'"), ("chow", "this drafter has none")):
+        with pytest.raises(InvalidRequest, match=said):
+            ADMISSION.check(msgspec.structs.replace(make_request(), speculation=SpeculationParams(rule=rule)), num_open=0)
     with pytest.raises(InvalidRequest, match="already emitted"):
         ADMISSION.check(msgspec.structs.replace(make_request(max_tokens=2), choices=(Choice(0, (1, 1)),)), num_open=0)
 

@@ -68,7 +68,7 @@ def test_a_deployment_is_frozen(file: Path) -> None:
         ("server: {api_keys: secret}", "server.api_keys: (hidden) - should be a valid tuple"),
         (
             "speculation: {draft_length: {policy: psychic}}",
-            "speculation.draft_length: {'policy': 'psychic'} - 'policy' must be one of 'fixed', 'heuristic'",
+            "speculation.draft_length: {'policy': 'psychic'} - 'policy' must be one of 'fixed', 'heuristic', 'confidence', 'adaptive'",
         ),
         ("speculation: {draft_length: {max: 4}}", "speculation.draft_length: {'max': 4} - needs 'policy'"),
         ("speculation: {draft_length: {policy: fixed, max: 99}}", "speculation.draft_length.max: 99 - must be at most 64"),

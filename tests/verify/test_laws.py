@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import FixedLengthConfig
+from engine.config import AdaptiveLengthConfig, ConfidenceLengthConfig, FixedLengthConfig, LengthConfig
 from engine.dials import DIALS
+from engine.draft.model import ModelDrafter
 from engine.plan import DraftBatch, QKind, RowBatch, Rows
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from engine.sequence import Sequence
@@ -310,14 +311,49 @@ def test_a_row_that_sums_to_more_than_one_keeps_what_is_kept() -> None:
 
 
 # ---------------------------------------------------------------- sampled, through the whole engine
+def chosen_by(policy: str, max_draft: int) -> LengthConfig:
+    if policy == "confidence":  # in the middle of what the tiny drafter has at the second position: it depends on the first token
+        return ConfidenceLengthConfig(max=max_draft, threshold=0.165)
+    return AdaptiveLengthConfig(max=max_draft)
+
+
+@pytest.mark.parametrize(("policy", "max_draft"), [("confidence", 3), ("adaptive", 2)])
+@pytest.mark.parametrize("rule", ["exact", "token_v3"])
+def test_a_length_that_looks_at_rows_leaves_the_law(policy: str, max_draft: int, rule: str) -> None:
+    """Whether a position is verified depends on its row, never on the token drawn there."""
+    check_law("model", rule, False, "token", chosen_by(policy, max_draft), max_draft + 1)
+
+
+def test_a_length_that_looks_at_the_drawn_token_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake that the test above is there for: unlikely drafts are dropped, and their positions drawn from p."""
+    real = ModelDrafter._batch
+
+    def dropping(self: ModelDrafter, drafts: Any, table: Any) -> DraftBatch:
+        for draft in table.drafts:
+            at = draft.row, 0
+            if draft.num_drafted and table.probs[at][table.ids[at]] < 0.25:
+                draft.num_drafted, draft.num_rows = 0, 0
+        return real(self, drafts, table)
+
+    monkeypatch.setattr(ModelDrafter, "_batch", dropping)
+    with pytest.raises(AssertionError):
+        check_law("model", "exact", False, "token", FixedLengthConfig(max=1), 2)
+
+
 @pytest.mark.parametrize("verification", ENUMERATIONS)
 @pytest.mark.parametrize("is_seeded", [True, False])
 @pytest.mark.parametrize(("drafter", "rule"), [("model", "exact"), ("model", "token_v3"), ("ngram", "exact"), ("none", "exact")])
 def test_sampled_law_of_a_text(drafter: str, rule: str, is_seeded: bool, verification: Literal["token", "block"]) -> None:
-    """Chi-square of one window's tokens over many choices against the product of pi's; also shows that the numbers are independent."""
-    num, head, num_drafts = 6000, (1, 2, 3, 1, 2), 2 if verification == "block" else 1
-    policy = FixedLengthConfig(max=num_drafts)
-    sampling = SamplingParams(max_tokens=num_drafts + 1, temperature=1.0, top_k=4, seed=1, is_seeded=is_seeded)
+    num_drafts = 2 if verification == "block" else 1
+    check_law(drafter, rule, is_seeded, verification, FixedLengthConfig(max=num_drafts), num_drafts + 1)
+
+
+def check_law(
+    drafter: str, rule: str, is_seeded: bool, verification: Literal["token", "block"], policy: LengthConfig, num_tokens: int
+) -> None:
+    """Chi-square of texts over many choices against the product of pi's; also shows that the numbers are independent."""
+    num, head = 6000, (1, 2, 3, 1, 2)
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_k=4, seed=1, is_seeded=is_seeded)
     alpha = dict(RULES)[rule]
     speculation = SpeculationParams(rule=rule, alpha=alpha)
     setup = Setup(drafter=drafter, policy=policy, verification=verification, num_blocks=1500, max_sequences=300, max_step_tokens=3000)
@@ -336,7 +372,7 @@ def test_sampled_law_of_a_text(drafter: str, rule: str, is_seeded: bool, verific
         return pi_of(rule, alpha, Pair(softmax(q_logits), softmax(p_logits), processed(q_logits, sampling), p))
 
     expected: dict[tuple[int, ...], float] = {(): num}
-    for _ in range(num_drafts + 1):
+    for _ in range(num_tokens):
         expected = {(*text, x): e * a for text, e in expected.items() for x, a in enumerate(pi((*head, *text))) if a}
     assert seen.keys() <= expected.keys()
     rare = {text for text, e in expected.items() if e < 5}

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.config import FixedLengthConfig, HeuristicLengthConfig, LengthConfig
+from engine.config import AdaptiveLengthConfig, ConfidenceLengthConfig, FixedLengthConfig, HeuristicLengthConfig, LengthConfig
 from tests.reference import answer
 from tests.tiny import ARCHITECTURES, WINDOW, Setup, drive, make_core, naive_target, target_model
 from tests.verify.requests import greedy
@@ -29,6 +29,8 @@ POLICIES: tuple[LengthConfig, ...] = (
     FixedLengthConfig(max=1),
     FixedLengthConfig(max=4),
     HeuristicLengthConfig(start=2, max=5),
+    ConfidenceLengthConfig(max=5, threshold=0.5),
+    AdaptiveLengthConfig(max=5),
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from engine.config import FixedLengthConfig, HeuristicLengthConfig, LengthConfig
+from engine.config import AdaptiveLengthConfig, ConfidenceLengthConfig, FixedLengthConfig, HeuristicLengthConfig, LengthConfig
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from tests.reference import DRAFT, RECOVER, NaiveModel, answer, model_alone
 from tests.tiny import (
@@ -29,6 +29,9 @@ POLICIES: tuple[LengthConfig, ...] = (
     FixedLengthConfig(max=1),
     FixedLengthConfig(max=4),
     HeuristicLengthConfig(start=3, max=6),
+    ConfidenceLengthConfig(max=5, threshold=0.5),
+    ConfidenceLengthConfig(max=5, threshold=0.3, cumulative=True),
+    AdaptiveLengthConfig(max=5),
 )
 SETUPS = {
     "model": Setup(drafter="model"),
@@ -37,6 +40,15 @@ SETUPS = {
     "ngram": Setup(drafter="ngram"),
     "none": Setup(drafter="none"),
 }
+
+
+# of other drafters no policy reads confidence, and without a drafter every policy is length zero
+CASES = [
+    pytest.param(name, policy, id=f"{name}-{policy.policy}-{policy.max}")
+    for name, setup in SETUPS.items()
+    for policy in POLICIES
+    if setup.drafter == "model" or (policy.policy != "confidence" and (setup.drafter == "ngram" or policy is POLICIES[0]))
+]
 
 
 def drafter_of(setup: Setup) -> NaiveModel | None:
@@ -48,8 +60,7 @@ def promised(setup: Setup) -> list[Request]:
     return [r for r in seeded() if setup.drafter == "model" or not r.speculation.rule.startswith("token_")]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.policy}-{p.max}")
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize(("name", "policy"), CASES)
 def test_same_text_at_any_length_budget_and_pool(name: str, policy: LengthConfig) -> None:
     requests = promised(SETUPS[name])
     want = {(r.id, 0): answer(r, naive_target(), drafter_of(SETUPS[name])) for r in requests}
@@ -66,8 +77,7 @@ def test_same_text_at_any_length_budget_and_pool(name: str, policy: LengthConfig
         assert got == want, (setup, [k for k in want if got[k] != want[k]])
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.policy}-{p.max}")
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize(("name", "policy"), CASES)
 def test_masks_and_penalties_see_the_text_in_front_of_every_row(name: str, policy: LengthConfig) -> None:
     """A mask that moves with the position and a penalty on repeats, for drafter and target, at every draft length."""
     setup = replace(SETUPS[name], policy=policy, max_step_tokens=16, processors=(PenaliseRepeats(), ForbidByPosition()))

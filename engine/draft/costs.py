@@ -1,0 +1,65 @@
+"""What a pass costs: seconds by number of rows, measured, interpolated and kept up to date. Plain numbers; measures nothing itself."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+
+# Where a table has an entry. A pass in between counts for both neighbours.
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+
+_WEIGHT = 0.05  # of a new observation
+_OUTLIER = 2.0  # an observation counts as at most so many times what was expected, and at least 1 / that: a busy moment is no law
+
+
+class PassCosts:
+    """Seconds of a pass of one model, by the rows that it runs.
+
+    Where nothing was measured the nearest entries decide: between two by a straight line, below the first like the first, beyond the last
+    in proportion to the rows. Larger passes never cost less.
+    """
+
+    def __init__(self, seconds: Mapping[int, float]):
+        """`seconds` by rows; rows must be of ROWS. Empty: every pass costs one second a row until something is observed."""
+        unknown = set(seconds) - set(ROWS)
+        if unknown or any(not value > 0 for value in seconds.values()):
+            raise ValueError(f"costs must be positive, at {ROWS}; got {dict(seconds)}")
+        self._seconds = dict(seconds)
+        self._lay_out()
+
+    def at(self, rows: int) -> float:
+        """Expected seconds."""
+        if not self._known:
+            return float(rows)
+        i = bisect_left(self._known, rows)
+        if i == len(self._known):
+            return self._values[-1] * rows / self._known[-1]
+        if i == 0 or self._known[i] == rows:
+            return self._values[i]
+        (low, high), (a, b) = self._known[i - 1 : i + 1], self._values[i - 1 : i + 1]
+        return a + (b - a) * (rows - low) / (high - low)
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A pass over so many rows took so long. Entries around it move a little towards what was seen."""
+        i = bisect_left(ROWS, rows)
+        if i == len(ROWS):
+            return
+        around = {ROWS[i], ROWS[max(0, i - (ROWS[i] != rows))]}
+        if not self._known:
+            self._seconds = dict.fromkeys(around, seconds)
+        else:
+            expected = self.at(rows)
+            ratio = min(_OUTLIER, max(1 / _OUTLIER, seconds / expected))
+            for entry in around:
+                self._seconds[entry] = self.at(entry) * (1 + _WEIGHT * (ratio - 1))
+        self._lay_out()
+
+    def table(self) -> dict[int, float]:
+        """What is known, to be kept for the next start."""
+        return dict(self._seconds)
+
+    def _lay_out(self) -> None:
+        self._known = sorted(self._seconds)
+        self._values: list[float] = []
+        for rows in self._known:
+            self._values.append(max([self._seconds[rows], *self._values[-1:]]))

@@ -1,0 +1,93 @@
+"""How long a pass of a model takes on this device, by the rows that it runs. Measured once for a model, device and torch, and kept.
+
+A table that cannot be read or written is measured again and said; it costs a start a second or two, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from engine.model.attention import Segment
+from engine.model.paged import PagedModel
+from engine.model.stack import DecoderStack
+
+_log = logging.getLogger(__name__)
+
+MEASURED_ROWS = (1, 2, 4, 6, 8, 16, 32)
+_CONTEXT = 128  # positions in front of every row
+_REPETITIONS = 5
+_BUDGET_SECONDS = 2.0  # no further number of rows is begun behind it; what a large model does not get measured here it learns as it runs
+_WORTH_KEEPING_SECONDS = 0.5
+_BLOCK_SIZE = 16
+
+
+def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path) -> dict[int, float]:
+    """Seconds by rows. `key` says whose they are; processor, threads and torch are added to it."""
+    device = torch.cuda.get_device_name(stack.device) if stack.device.type == "cuda" else platform.processor() or platform.machine()
+    whose = {**key, "device": device, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+    file = cache_dir / "costs" / f"{hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    known = _read(file, whose)
+    if known is None:
+        began = time.perf_counter()
+        known = measure(stack)
+        if time.perf_counter() - began > _WORTH_KEEPING_SECONDS:
+            _write(file, whose, known)
+    return known
+
+
+@torch.inference_mode()
+def measure(stack: DecoderStack) -> dict[int, float]:
+    """Median seconds of passes over each of MEASURED_ROWS, a row being one token of a sequence with some context."""
+    num_blocks = (_CONTEXT + max(MEASURED_ROWS)) // _BLOCK_SIZE + 1
+    model, table = PagedModel(stack, num_blocks, _BLOCK_SIZE), list(range(num_blocks))
+    _seconds(model, table, 0, _CONTEXT)
+    found: dict[int, float] = {}
+    began = time.perf_counter()
+    for rows in MEASURED_ROWS:
+        if found and time.perf_counter() - began > _BUDGET_SECONDS:
+            break
+        _seconds(model, table, _CONTEXT, rows)  # the first of a shape compiles and allocates
+        found[rows] = median(_seconds(model, table, _CONTEXT, rows) for _ in range(_REPETITIONS))
+    return found
+
+
+def _seconds(model: PagedModel, table: list[int], start: int, rows: int) -> float:
+    ids = torch.zeros(rows, dtype=torch.long, device=model.stack.device)
+    began = time.perf_counter()
+    logits = model.forward([Segment(table, start, rows)], ids, range(rows))
+    float(logits[-1, 0])  # waits for the device
+    return time.perf_counter() - began
+
+
+def _read(file: Path, whose: Mapping[str, str]) -> dict[int, float] | None:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        found = {int(rows): float(seconds) for rows, seconds in content["seconds"].items()}
+        is_ours = content["key"] == dict(whose) and set(found) <= set(MEASURED_ROWS) and all(seconds > 0 for seconds in found.values())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("The times kept in %s cannot be read (%s); they are measured again", file, error)
+        return None
+    return found if is_ours and found else None
+
+
+def _write(file: Path, whose: Mapping[str, str], seconds: Mapping[int, float]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".part", delete=False, encoding="utf-8") as out:
+            json.dump({"key": dict(whose), "seconds": dict(seconds)}, out)
+        os.replace(out.name, file)
+    except OSError as error:
+        _log.warning("Measured times cannot be kept in %s (%s); the next start measures them again", file.parent, error)

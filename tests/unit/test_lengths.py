@@ -1,0 +1,202 @@
+"""Draft lengths that adapt: costs, survivals against costs, thresholds. No tensors."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from engine.draft.adaptive import AdaptiveLength
+from engine.draft.confidence import ConfidenceLength, best_threshold
+from engine.draft.costs import ROWS, PassCosts
+from engine.plan import StepTiming
+from engine.request import Choice
+from engine.sequence import Sequence
+from tests.unit.factories import make_request
+
+BUDGET = 256
+FLAT = {1: 1.0, 64: 1.0}  # more rows cost nothing
+
+
+def sequences(num: int) -> list[Sequence]:
+    return [Sequence(make_request(id=f"r{i}"), Choice()) for i in range(num)]
+
+
+# ---------------------------------------------------------------------- costs
+def test_costs_lie_between_their_neighbours() -> None:
+    costs = PassCosts({1: 1.0, 4: 2.0, 8: 6.0})
+    assert [costs.at(rows) for rows in (1, 2, 3, 4, 6, 8, 16)] == pytest.approx([1, 4 / 3, 5 / 3, 2, 4, 6, 12])
+    assert PassCosts({4: 2.0}).at(1) == 2.0
+
+
+def test_a_larger_pass_never_costs_less() -> None:
+    """Measured times do: of two that are equal the second may be the quicker."""
+    costs = PassCosts({1: 1.1, 2: 1.0, 4: 0.9, 8: 3.0})
+    assert [costs.at(rows) for rows in (1, 2, 3, 4)] == pytest.approx([1.1] * 4)
+    values = [costs.at(rows) for rows in range(1, 20)]
+    assert values == sorted(values)
+
+
+def test_costs_follow_what_is_seen_and_not_a_single_hiccup() -> None:
+    costs = PassCosts({1: 1.0, 8: 1.0})
+    costs.observe(8, 1000.0)
+    assert costs.at(8) < 1.1
+    for _ in range(200):
+        costs.observe(8, 3.0)
+        costs.observe(1, 0.5)
+    assert costs.at(8) == pytest.approx(3.0, rel=0.05)
+    assert costs.at(1) == pytest.approx(0.5, rel=0.05)
+
+
+def test_costs_can_begin_with_nothing() -> None:
+    costs = PassCosts({})
+    assert costs.at(5) == 5
+    costs.observe(7, 0.25)
+    assert costs.at(7) == 0.25
+    costs.observe(10**6, 1.0)
+    assert set(costs.table()) <= set(ROWS)
+    for wrong in ({1: 0.0}, {1: float("nan")}, {7: 1.0}):
+        with pytest.raises(ValueError, match="costs"):
+            PassCosts(wrong)
+
+
+# ---------------------------------------------------------------------- adaptive
+def adaptive(target: dict[int, float], drafter: dict[int, float] | None = None, max_length: int = 8) -> AdaptiveLength:
+    return AdaptiveLength(max_length, BUDGET, PassCosts(target), None if drafter is None else PassCosts(drafter))
+
+
+def chosen(policy: AdaptiveLength, seqs: list[Sequence], limit: int = 8, budget: int | None = None) -> list[int]:
+    return policy.lengths(seqs, [limit] * len(seqs), BUDGET - len(seqs) if budget is None else budget)
+
+
+def teach(policy: AdaptiveLength, seq: Sequence, rounds: list[tuple[int, int]]) -> None:
+    for num_draft, num_accepted in rounds:
+        policy.observe(seq, num_draft, num_accepted)
+
+
+def test_drafts_that_cost_nothing_are_all_made() -> None:
+    assert chosen(adaptive(FLAT), sequences(3)) == [8, 8, 8]
+
+
+def test_rows_that_cost_as_much_as_a_pass_are_not_drafted() -> None:
+    policy = adaptive({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0})
+    assert chosen(policy, sequences(2)) == [0, 0]
+
+
+def test_a_limit_and_a_budget_hold() -> None:
+    policy, seqs = adaptive(FLAT), sequences(3)
+    assert policy.lengths(seqs, [2, 0, 5], BUDGET - 3) == [2, 0, 5]
+    assert sum(chosen(policy, seqs, budget=4)) == 4
+    assert chosen(policy, seqs, budget=0) == [0, 0, 0]
+    assert policy.lengths([], [], BUDGET) == []
+
+
+def test_who_is_accepted_more_drafts_more() -> None:
+    policy, (good, bad) = adaptive({1: 1.0, 64: 4.0}), sequences(2)
+    teach(policy, good, [(8, 8)] * 20)
+    teach(policy, bad, [(8, 0)] * 20)
+    lengths = chosen(policy, [good, bad])
+    assert lengths[0] > 4
+    assert lengths[1] == 0
+
+
+def test_a_drafter_that_costs_much_drafts_little() -> None:
+    cheap, dear, too_dear = (adaptive(FLAT, {1: share}) for share in (0.05, 0.3, 2.0))
+    lengths = [chosen(policy, sequences(1))[0] for policy in (cheap, dear, too_dear)]
+    assert lengths[0] > lengths[1] > lengths[2] == 0
+
+
+@dataclass
+class World:
+    """A pair with known acceptance and costs."""
+
+    rate: float
+    row: float  # seconds of one more row
+    call: float  # seconds of a call of the drafter
+
+    def speed(self, length: int) -> float:
+        expected = sum(self.rate**i for i in range(length + 1))
+        return expected / (1 + self.row * length + self.call * length)
+
+    def play(self, policy: AdaptiveLength, num_steps: int) -> float:
+        """Tokens a second of one stream under the policy."""
+        rng, (seq,) = random.Random(3), sequences(1)
+        tokens = seconds = 0.0
+        for _ in range(num_steps):
+            (length,) = policy.lengths([seq], [8], BUDGET - 1)
+            num = next((i for i in range(length) if rng.random() >= self.rate), length)
+            target, drafter = 1 + self.row * length, self.call * length
+            policy.observe(seq, length, num)
+            policy.observe_step(StepTiming(1 + length, target, length, length, drafter))
+            tokens, seconds = tokens + num + 1, seconds + target + drafter
+        return tokens / seconds
+
+
+@pytest.mark.parametrize("world", [World(*w) for w in itertools.product((0.05, 0.3, 0.6, 0.9), (0.01, 0.1, 0.5), (0.02, 0.2))], ids=str)
+def test_speed_comes_near_that_of_the_best_fixed_length(world: World) -> None:
+    """Wrong costs to begin with: they are learnt, too."""
+    policy = adaptive({1: 1.0, 8: 1.2}, {1: 0.1})
+    best = max(world.speed(length) for length in range(9))
+    got = world.play(policy, 4000)
+    assert got > 0.95 * best, (got, best)
+    assert got > 0.97 * world.speed(0)
+
+
+def test_after_a_while_without_drafts_one_is_tried() -> None:
+    policy, (seq,) = adaptive({1: 1.0, 2: 1.5, 8: 4.0}), sequences(1)
+    teach(policy, seq, [(8, 0)] * 30)
+    lengths = []
+    for _ in range(600):
+        lengths += chosen(policy, [seq])
+        policy.observe(seq, lengths[-1], 0)
+    tried = [i for i, length in enumerate(lengths) if length]
+    assert tried
+    gaps = [b - a for a, b in itertools.pairwise(tried)]
+    assert gaps == sorted(gaps), "each try that nothing comes of makes the next one rarer"
+    assert all(lengths[i] == 1 for i in tried)
+
+
+def test_a_sequence_that_left_is_forgotten() -> None:
+    policy, seqs = adaptive(FLAT), sequences(2)
+    chosen(policy, seqs)
+    for seq in seqs:
+        policy.forget(seq)
+    assert not policy._histories
+
+
+# ---------------------------------------------------------------------- confidence
+def test_drafting_stops_behind_an_unsure_row() -> None:
+    (seq,) = sequences(1)
+    newest, product = (ConfidenceLength(8, 0.4, is_cumulative) for is_cumulative in (False, True))
+    assert [newest.keep_going(seq, confidences) for confidences in ([0.9], [0.9, 0.4], [0.9, 0.39], [0.1, 0.9])] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert [product.keep_going(seq, confidences) for confidences in ([0.9], [0.6, 0.7], [0.6, 0.6])] == [True, True, False]
+
+
+def test_the_threshold_is_where_missing_and_wasting_cost_least() -> None:
+    """Against every threshold in turn."""
+    rng = random.Random(5)
+    for _ in range(50):
+        samples = [(score := round(rng.random(), 1), rng.random() < score) for _ in range(40)]
+        good, bad = [s for s, stood in samples if stood], [s for s, stood in samples if not stood]
+
+        def cost(threshold: float, good: list[float] = good, bad: list[float] = bad) -> float:
+            return sum(s >= threshold for s in bad) / len(bad) + 3 * sum(s < threshold for s in good) / len(good)
+
+        assert cost(best_threshold(samples, 0.5)) == pytest.approx(min(cost(threshold) for threshold, _ in samples))
+    assert best_threshold([(0.3, True)] * 5, 0.5) == best_threshold([(0.3, False)] * 5, 0.5) == 0.5
+
+
+def test_the_threshold_learns() -> None:
+    (seq,) = sequences(1)
+    policy = ConfidenceLength(4, 0.1, is_cumulative=False)
+    for _ in range(64):
+        policy.observe(seq, 3, 2, (0.9, 0.8, 0.5))
+    assert policy.threshold == 0.8
+    assert not policy.keep_going(seq, [0.9, 0.7])
