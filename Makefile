@@ -59,5 +59,5 @@ $(VENV)/.app: pyproject.toml | $(VENV)/.made
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.made
 	@echo "$(INSTALLING)"
-	@$(PIP) --editable ".[test]"
+	@$(PIP) --editable ".[test,evaluate]"
 	@touch $@ $(VENV)/.app

@@ -51,9 +51,29 @@ def estimate(values: Sequence[float], num_resamples: int = 5000, seed: int = 0) 
     return Estimate(float(np.median(sample)), float(low), float(high))
 
 
-def estimate_mean_per(totals: Sequence[float], counts: Sequence[int], num_resamples: int = 5000, seed: int = 0) -> Estimate:
+def estimate_mean_per(totals: Sequence[float], counts: Sequence[float], num_resamples: int = 5000, seed: int = 0) -> Estimate:
     """sum(totals) / sum(counts) and its 95 % percentile bootstrap over the pairs, such as loss and tokens of one answer each."""
     total, count = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(len(total), size=(num_resamples, len(total)))
     low, high = np.percentile(total[drawn].sum(axis=1) / count[drawn].sum(axis=1), [2.5, 97.5])
     return Estimate(float(total.sum() / count.sum()), float(low), float(high))
+
+
+def estimate_difference_per(
+    ones: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]], num_resamples: int = 5000, seed: int = 0
+) -> Estimate:
+    """sum(totals) / sum(counts) of `ones` less that of `others`, and its 95 % percentile bootstrap over the pairs.
+
+    Entries are (total, count), the i-th of both of the same prompt: what a prompt does to both of them cancels.
+    """
+    one, other = np.asarray(ones, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(one), size=(num_resamples, len(one)))
+
+    def per(pairs: np.typing.NDArray[np.float64]) -> np.typing.NDArray[np.float64]:
+        """[..., N, 2] to [...]."""
+        totals, counts = np.moveaxis(pairs.sum(axis=-2), -1, 0)
+        ratios: np.typing.NDArray[np.float64] = totals / counts
+        return ratios
+
+    low, high = np.percentile(per(one[drawn]) - per(other[drawn]), [2.5, 97.5])
+    return Estimate(float(per(one) - per(other)), float(low), float(high))

@@ -120,6 +120,16 @@ def train_distil(
         run(recipe, Parts(data_only, export_only), console, progress_to(console))
 
 
+# Its options are declared beside what they mean, in benchmarks/evaluate/command.py.
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(context: typer.Context) -> None:
+    """Measure quality against cost of the rules: the curve that says where to set the dial."""
+    from benchmarks.evaluate.command import app as evaluation
+
+    with one_line_errors("--debug" in context.args):
+        evaluation(context.args, prog_name="cascade evaluate")
+
+
 def progress_to(console: Console) -> Callable[[str], None]:
     """A progress callback that prints a line with the seconds since now."""
     start = time.monotonic()
