@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path("data")  # in the working directory
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class Dial:
         high = self.high if highest is None else min(self.high, highest)
         if self.low <= alpha <= high:
             return None
+        if self.low == self.high:
+            return "must be left out"
         return f"must be at least {self.low:g}" if alpha < self.low else f"must be at most {high:g}"  # nan is above everything
 
 

@@ -13,6 +13,9 @@ from engine.model.stack import DecoderStack
 
 # A CPU's products are slowest below this (PackedLinear would fill each of them up by itself); to a GPU it is all the same.
 _MIN_ROWS = 4
+# Passes of more rows are filled up to a multiple: a CPU's library makes and keeps kernels for every number of rows that it meets, which
+# costs milliseconds once and, over all numbers up to 256, some 200 MB for good. Rows beyond the first, and what they are rounded to.
+_ROUNDING = ((64, 16), (16, 8))
 
 
 class PagedModel:
@@ -33,12 +36,18 @@ class PagedModel:
         """
         if not segments:
             return torch.empty(0, self.vocab_size, dtype=self.stack.dtype, device=self.stack.device)
-        num_rows = max(_MIN_ROWS, len(input_ids))
+        num_rows = _filled(len(input_ids))
         if num_rows > len(input_ids):
             input_ids = torch.nn.functional.pad(input_ids, (0, num_rows - len(input_ids)))
         hidden = self.stack.hidden(input_ids, paged_context(segments, self._block_size, self._cache, self.stack.windows, num_rows))
         wanted = hidden if len(rows) == hidden.shape[0] else hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
         return self.stack.logits(wanted)[:, : self.vocab_size]
+
+
+def _filled(num: int) -> int:
+    """Rows that a pass over `num` tokens runs."""
+    multiple = next((multiple for beyond, multiple in _ROUNDING if num > beyond), 1)
+    return max(_MIN_ROWS, -(-num // multiple) * multiple)
 
 
 def kv_bytes_per_token(stack: DecoderStack) -> int:

@@ -16,7 +16,7 @@ from engine.draft.ngram import NoDrafter
 from engine.errors import ConfigError, UnsupportedModel
 from engine.model.attention import Segment
 from engine.model.memory import available_bytes
-from engine.model.paged import PagedModel, kv_bytes_per_token
+from engine.model.paged import PagedModel, _filled, kv_bytes_per_token
 from engine.model.runner import ModelRunner
 from engine.model.stack import DecoderStack
 from engine.plan import Chunk, RowsWanted, StepPlan
@@ -135,3 +135,11 @@ def test_a_cache_that_does_not_fit_is_refused_instead_of_being_killed(monkeypatc
 
 def test_kv_bytes() -> None:
     assert kv_bytes_per_token(stack()) == 2 * 2 * 2 * 4 * 8  # keys and values, layers, heads, head dimension, float64
+
+
+def test_passes_of_few_different_sizes_are_run() -> None:
+    sizes = [_filled(num) for num in range(1, 257)]
+    assert all(num <= size <= max(4, 1.5 * num) for num, size in enumerate(sizes, 1))
+    assert sizes[3:16] == list(range(4, 17)), "what decoding runs is not filled up"
+    assert sizes[255] == 256
+    assert len(set(sizes)) < 40

@@ -76,7 +76,7 @@ async def test_the_request_wins_over_the_preset_and_the_preset_over_the_deployme
     ("own", "param", "said"),
     [
         ({"alpha": 1.1}, "speculation.alpha", "alpha is 1.1 and must be at most 1 for the rule token_v3"),
-        ({"rule": "exact", "alpha": 0.2}, "speculation.alpha", "must be at most 0 for the rule exact"),
+        ({"rule": "exact", "alpha": 0.2}, "speculation.alpha", "must be left out for the rule exact"),
         ({"rule": "lossy", "alpha": -0.1}, "speculation.alpha", "must be at least 0"),
         ({"rule": "best"}, "speculation.rule", "'exact', 'lossy', 'chow'"),
         ({"alpha": "much"}, "speculation.alpha", "number"),

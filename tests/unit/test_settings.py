@@ -191,7 +191,7 @@ def test_the_environment_overrides_the_servers_part(file: Path) -> None:
         ),
         ("ngram", "rule: token_v3, alpha: 1.5", "speculation.alpha: 1.5 - must be at most 1 for the rule token_v3"),
         ("ngram", "rule: token_v3, alpha: .nan", "speculation.alpha: nan - must be at most 1 for the rule token_v3"),
-        ("ngram", "rule: exact, alpha: 0.1", "speculation.alpha: 0.1 - must be at most 0 for the rule exact"),
+        ("ngram", "rule: exact, alpha: 0.1", "speculation.alpha: 0.1 - must be left out for the rule exact"),
         (
             "ngram",
             "rule: token_v3, presets: {x: {alpha: -2}}",
