@@ -114,7 +114,13 @@ def test_a_point_that_repeats_itself_is_refused() -> None:
 
 def test_the_fastest_that_nothing_speaks_against_is_recommended() -> None:
     faster, bold = Point("rule", "token_v3", 0.3), Point("rule", "opt", 0.4)
-    points = ((TARGET, {}), (EXACT, {}), (CASCADE, {"seconds": 0.8}), (faster, {"seconds": 0.7}), (bold, {"seconds": 0.5, "nats": 9.0}))
+    points: tuple[tuple[Point, dict[str, Any]], ...] = (
+        (TARGET, {}),
+        (EXACT, {}),
+        (CASCADE, {"seconds": 0.8}),
+        (faster, {"seconds": 0.7}),
+        (bold, {"seconds": 0.5, "nats": 9.0}),
+    )
     best = recommend(list(table(*points).values()), Quality(NATS))
     assert best.point == faster.label
     assert best.reason.startswith("0.50 of exact's time a token (0.50 to 0.50); nats a token +0.000")
@@ -138,6 +144,6 @@ def test_right_answers_are_a_quality_of_which_more_is_better() -> None:
 
 def test_the_criterion_says_what_is_tolerated() -> None:
     assert "not significantly worse than exact's by more than 0.05," in Quality(NATS, 0.05).criterion
-    losing = {"seconds": 0.7, "nats": 2.1}  # 0.025 a token
+    losing: dict[str, Any] = {"seconds": 0.7, "nats": 2.1}  # 0.025 a token
     records = {point.label: [make_record(point.label, **(losing if point == CASCADE else {}))] for point in (TARGET, EXACT, CASCADE)}
     assert figures_of(records, [CASCADE], Quality(NATS, 0.05))[0].refusal is None
