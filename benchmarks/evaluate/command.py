@@ -6,6 +6,9 @@ asked, 130 interrupted; the same command goes on where one ended.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 QUICK_PROMPTS, QUICK_TOKENS = 3, 16
+FILE_WIDTH = 140  # of a table that goes to a file; a terminal has its own
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def evaluate(
         config, task, data, category, rules, alphas, num_prompts, max_tokens, temperature, seed, concurrency, draft_length, tolerance,
         allow_code_execution, quick,
     )  # fmt: skip
-    folder, console = output or Path("runs") / "evaluate" / task, Console(stderr=True)
+    folder, console = output or Path("runs") / "evaluate" / task, Console(stderr=True, width=None if sys.stderr.isatty() else FILE_WIDTH)
     if not no_plots:
         require_matplotlib()
     try:
@@ -146,7 +150,7 @@ def run(options: Options, journal: Path, is_fresh: bool, console: Console) -> Ev
     for name, reason in prepared.points.skipped.items():
         say(f"Skipped: {name}, since {reason}.")
     with Journal(journal, _settings(prepared, where), is_fresh) as kept:
-        records = prepared.pair.records(prepared, kept, lambda total: progress_bar(console, "Answers", total), say)
+        records = prepared.pair.records(prepared, kept, lambda total: _progress(console, total), say)
     quality = Quality(PASS_RATE if prepared.task.judged_by else NATS, options.tolerance, prepared.pair.end_token_ids)
     figures = figures_of(records, prepared.points.chosen, quality)
     best = recommend(figures, quality)
@@ -165,7 +169,7 @@ def run(options: Options, journal: Path, is_fresh: bool, console: Console) -> Ev
     )
 
 
-def prepare(options: Options, say: Any) -> Prepared:
+def prepare(options: Options, say: Callable[[str], None]) -> Prepared:
     """Refuse now what cannot be run. Loads no weights."""
     if options.task not in TASKS:
         raise BenchmarkError(f"--task {options.task}: there is none of that name; there are {', '.join(TASKS)}.")
@@ -201,7 +205,23 @@ def finish(evaluation: Evaluation, folder: Path, has_plots: bool, console: Conso
 
 
 # ---------------------------------------------------------------------- parts
-def _try_sandbox(is_allowed: bool, say: Any) -> sandbox.Isolation:
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, and elsewhere a line now and then: a sweep may take hours."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        advance()
+        if not console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
+            console.print(f"{done:,} of {total:,} answers", highlight=False)
+
+    with progress_bar(console, "Answers", total) as advance:
+        yield tick
+
+
+def _try_sandbox(is_allowed: bool, say: Callable[[str], None]) -> sandbox.Isolation:
     """Raises BenchmarkError unless programs may and can be run."""
     if not is_allowed:
         raise BenchmarkError("--task humaneval runs programs that a model wrote; say --allow-code-execution if you want that.")

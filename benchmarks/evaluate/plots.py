@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#7A7A00", "#332288", "#AA4499")
 MARKERS = "osD^vP<>Xh"
+PLACES = ((5, 3), (5, -9), (-16, 3), (-16, -9))  # of an alpha beside its point, in points, so that rules which meet stay readable
+RECOMMENDED = "recommended"
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ def _draw(evaluation: Evaluation, quality: Axis, folder: Path) -> str:
         for panel, cost in zip(panels, COSTS, strict=True):
             _fill(panel, evaluation, cost, quality)
         panels[0].set_ylabel(quality.title)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False)
+        shown = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+        shown = dict(sorted(shown.items(), key=lambda item: item[0] == RECOMMENDED))  # last: it is no line
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(8, len(shown)), frameon=False)
         note = " (quick: means little)" if evaluation.is_quick else ""
         figure.suptitle(
             f"{evaluation.target['name']}, drafter {evaluation.target['drafter']}\n{evaluation.load['text']}{note}", fontsize=11
@@ -95,6 +98,9 @@ def _fill(panel: Axes, evaluation: Evaluation, cost: Axis, quality: Axis) -> Non
             _line(panel, ends, (cost, quality), Style(_END_NAMES[kind], "black", marker, "none", 9))
     best = [figures for figures in evaluation.points if figures.point == evaluation.recommendation.point]
     _ring(panel, best, cost, quality)
+    exact = next((value for figures in evaluation.points if figures.point == "exact" and (value := _value(figures, quality))), None)
+    if exact is not None:
+        panel.axhline(exact.median, color="black", linewidth=0.6, linestyle=":")
     panel.set_xlabel(cost.title)
     panel.grid(alpha=0.25)
     panel.margins(0.08)
@@ -112,12 +118,13 @@ class Style:
     marker: str
     line: str = "-"
     size: int = 5
+    place: tuple[int, int] = PLACES[0]
 
 
 def _style(rule: str, number: int) -> Style:
     if rule == BASELINE:
         return Style(f"{rule} (baseline)", "#555555", "x", "--")
-    return Style(rule, COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)])
+    return Style(rule, COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)], place=PLACES[number % len(PLACES)])
 
 
 def _line(panel: Axes, line: Sequence[PointFigures], axes: tuple[Axis, Axis], style: Style) -> None:
@@ -140,14 +147,16 @@ def _line(panel: Axes, line: Sequence[PointFigures], axes: tuple[Axis, Axis], st
     )
     for figures, x, y in drawn:
         if figures.alpha is not None:
-            panel.annotate(f"{figures.alpha:g}", (x.median, y.median), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            panel.annotate(
+                f"{figures.alpha:g}", (x.median, y.median), xytext=style.place, textcoords="offset points", fontsize=7, color=style.colour
+            )
 
 
 def _ring(panel: Axes, best: Sequence[PointFigures], cost: Axis, quality: Axis) -> None:
     for figures in best:
         x, y = _value(figures, cost), _value(figures, quality)
         if x and y:
-            panel.plot([x.median], [y.median], "o", markersize=17, fillstyle="none", color="#AA0000", label="recommended")
+            panel.plot([x.median], [y.median], "o", markersize=17, fillstyle="none", color="#AA0000", label=RECOMMENDED)
 
 
 def _bars(values: Sequence[Estimate]) -> list[list[float]]:

@@ -57,8 +57,10 @@ def terminal_table(evaluation: Evaluation) -> Table:
     """Values alone; the intervals are in the files."""
     table = Table(title=evaluation.load["text"], title_justify="left")
     names = [name for name in SHORT if _is_measured(evaluation, name)]
-    for column in ("point", *(MEASURES[name].title for name in names), "time over exact", "not recommended, since"):
-        table.add_column(column, justify="left" if column in ("point", "not recommended, since") else "right", overflow="fold")
+    table.add_column("point", no_wrap=True)
+    for column in (*(MEASURES[name].title for name in names), "time over exact"):
+        table.add_column(column, justify="right")
+    table.add_column("not recommended", min_width=20)
     for figures in evaluation.points:
         over = figures.over_exact[TIME]
         is_best = figures.point == evaluation.recommendation.point
@@ -66,7 +68,7 @@ def terminal_table(evaluation: Evaluation) -> Table:
             figures.point,
             *(_value(figures.figures[name], MEASURES[name].decimals) for name in names),
             _value(over, 2),
-            "RECOMMENDED" if is_best else figures.refusal or "another is faster",
+            "RECOMMENDED" if is_best else figures.refusal or _SLOWER,
         )
     return table
 
@@ -94,6 +96,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 # ---------------------------------------------------------------------- parts
+_SLOWER = "slower than another"
 _NOTE = (
     "Values with 95 % bootstrap intervals over the prompts. Times are medians over prompts, other values means. `ms a token` counts the "
     "tokens behind the first ones, and `s an answer` the whole answer; the prompt's KV was cached, for all points alike. `nats a token` is "
@@ -135,7 +138,7 @@ def _paired(evaluation: Evaluation) -> str:
         if _is_measured(evaluation, name)
     ]
     best = evaluation.recommendation.point
-    rows.append(("", ["recommended" if f.point == best else f.refusal or "another is faster" for f in evaluation.points]))
+    rows.append(("", ["recommended" if f.point == best else f.refusal or _SLOWER for f in evaluation.points]))
     return _table(evaluation, rows)
 
 
