@@ -33,6 +33,7 @@ from engine.draft.model import ModelDrafter
 from engine.draft.ngram import NGramDrafter, NoDrafter
 from engine.errors import ConfigError
 from engine.kv.block_pool import BlockPool
+from engine.model.draft_vocabulary import read_draft_ids
 from engine.model.linear import choose
 from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
 from engine.model.memory import available_bytes
@@ -248,7 +249,8 @@ def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, progress: Pro
     dtype = resolve_dtype(source.dtype, device, config)
     kind = choose(source.quantization, dtype, device)
     progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}, {kind.note}")
-    return Member(DecoderStack(load(path, dtype, device), kind), context_length(config), path, end_token_ids(path))
+    stack = DecoderStack(load(path, dtype, device), kind, read_draft_ids(path, config.vocab_size))
+    return Member(stack, context_length(config), path, end_token_ids(path))
 
 
 def _warm_up(core: EngineCore) -> None:

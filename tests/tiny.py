@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,8 +107,17 @@ def naive_target(architecture: str = "llama") -> NaiveModel:
 
 
 @cache
-def naive_drafter(context: int = 10**9) -> NaiveModel:
-    return NaiveModel(drafter_model(), context)
+def naive_drafter(context: int = 10**9, drafted: tuple[int, ...] | None = None) -> NaiveModel:
+    """`drafted` are the tokens of a reduced vocabulary; None for all."""
+    return NaiveModel(drafter_model() if drafted is None else partial(_never_beside, drafted), context)
+
+
+def _never_beside(drafted: tuple[int, ...], ids: torch.Tensor, use_cache: bool) -> Any:
+    """The drafter with a head over some tokens, written out."""
+    output = drafter_model()(ids, use_cache=use_cache)
+    others = [token_id for token_id in range(VOCAB) if token_id not in drafted]
+    output.logits[..., others] = -1e4
+    return output
 
 
 class KeepNone:
@@ -183,6 +192,7 @@ class Setup:
     architecture: str = "llama"
     drafter: str = "model"  # none, ngram, model
     drafter_context: int = 10**9
+    drafted: tuple[int, ...] | None = None  # the tokens of a drafter's reduced vocabulary; None for all
     policy: LengthConfig = field(default_factory=lambda: FixedLengthConfig(max=4))
     verification: Literal["token", "block"] = "token"
     num_blocks: int = 64
@@ -216,7 +226,8 @@ def make_core(setup: Setup) -> EngineCore:
     drafter = None
     if setup.drafter == "model":
         model = copy.deepcopy(drafter_model(vocab=setup.vocab, architecture=setup.architecture)).to(setup.device)
-        drafter = Member(DecoderStack(model), min(64, setup.drafter_context), Path("drafter"))
+        draft_ids = None if setup.drafted is None else torch.tensor(setup.drafted)
+        drafter = Member(DecoderStack(model, draft_ids=draft_ids), min(64, setup.drafter_context), Path("drafter"))
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(
         model=ModelPair(name="tiny", target=ModelSource(source="target"), drafter=_DRAFTERS[setup.drafter]),

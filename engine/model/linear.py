@@ -74,6 +74,16 @@ def joined(linears: ListLike[nn.Linear]) -> nn.Linear:
     return joint
 
 
+def some_outputs(linear: nn.Linear, outputs: Tensor) -> nn.Linear:
+    """A layer of the `outputs` [N] of another one, in their order."""
+    with torch.device("meta"):
+        part = nn.Linear(linear.in_features, len(outputs), bias=linear.bias is not None)
+    part.weight = nn.Parameter(linear.weight[outputs], requires_grad=False)
+    if part.bias is not None:
+        part.bias = nn.Parameter(linear.bias[outputs], requires_grad=False)
+    return part
+
+
 @dataclass(frozen=True, slots=True)
 class LinearKind:
     """What a model's linear layers are replaced by."""

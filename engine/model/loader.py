@@ -248,7 +248,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
     config, joined = read_config(path), joined_weights(path)
     with quiet_transformers():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = (AutoModelForCausalLM if joined is None else _class_of(config)).from_pretrained(
                 path if joined is None else None,
                 state_dict=joined,
                 config=config,
@@ -268,6 +268,12 @@ def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of a config's model; the one above finds it only for a folder."""
+    with torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(config))
 
 
 def _require_matching_weights(report: dict[str, set[str]], path: Path) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model.attention import LayerAttention, PagedContext, Segment, paged_context
+from engine.model.draft_vocabulary import NEVER
 from engine.model.fused import FusedAttention, FusedMLP, quick_norm, signed
-from engine.model.linear import AS_THEY_ARE, LinearKind
+from engine.model.linear import AS_THEY_ARE, LinearKind, some_outputs
 from engine.model.loader import has_rope_by_layer_type
 from engine.model.probe import PROBE, PretendedPast, Watch
 
@@ -32,8 +33,9 @@ class DecoderStack:
     head dimension of a layer.
     """
 
-    def __init__(self, model: Any, kind: LinearKind = AS_THEY_ARE):
+    def __init__(self, model: Any, kind: LinearKind = AS_THEY_ARE, draft_ids: Tensor | None = None):
         """`model` is a transformers ...ForCausalLM, in eval mode; its layers are rebuilt here, and its own forward is of no use any more.
+        `draft_ids` [N] are the tokens that its head is cut to; None for all.
 
         Raises UnsupportedModel where the packed loop does not compute what the model's own forward did.
         """
@@ -42,6 +44,8 @@ class DecoderStack:
         self.config = model.config
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
+        self.vocab_size = int(model.lm_head.out_features)  # rows of the full head; may be padded beyond the tokenizer's vocabulary
+        self._draft_ids = None if draft_ids is None else draft_ids.to(self.device)
         self._rotary_kinds = _rotary_kinds(model)
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
@@ -51,11 +55,6 @@ class DecoderStack:
     @property
     def num_layers(self) -> int:
         return len(self._body.layers)
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the head; may be padded beyond the tokenizer's vocabulary."""
-        return int(self._model.lm_head.out_features)
 
     @property
     def num_weight_bytes(self) -> int:
@@ -82,7 +81,10 @@ class DecoderStack:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, V] of normed hidden states [R, hidden]."""
-        return self._model.lm_head(hidden)  # type: ignore[no-any-return]  # torch and transformers leave it untyped
+        logits: Tensor = self._model.lm_head(hidden)
+        if self._draft_ids is None:
+            return logits
+        return logits.new_full((len(logits), self.vocab_size), NEVER).index_copy_(-1, self._draft_ids, logits)
 
     @torch.inference_mode()
     def _own_forward(self) -> tuple[Watch, Tensor]:
@@ -109,7 +111,8 @@ class DecoderStack:
             for name, child in list(layer.named_children()):
                 setattr(layer, name, quick_norm(child))
         self._body.norm = quick_norm(self._body.norm)
-        self._model.lm_head = kind.make(self._model.lm_head)
+        head = self._model.lm_head
+        self._model.lm_head = kind.make(head if self._draft_ids is None else some_outputs(head, self._draft_ids))
 
     @torch.inference_mode()
     def _require_equal(self, expected: Tensor, kind: LinearKind) -> None:
@@ -119,6 +122,8 @@ class DecoderStack:
         cache = KVCache(self.num_layers, len(ids) * block_size, self.kv_shape, self.dtype, self.device)
         segments = [Segment([index], 0, len(row)) for index, row in enumerate(ids)]
         got = self.logits(self.hidden(torch.cat(ids), paged_context(segments, block_size, cache, self.windows)))
+        if self._draft_ids is not None:
+            got, expected = got[:, self._draft_ids], expected[:, self._draft_ids]
         difference = float((got - expected).abs().max() / expected.abs().max())
         if not difference <= tolerance:
             raise UnsupportedModel(

@@ -69,12 +69,12 @@ def data_engine(config: DistilConfig, progress: Progress = silent) -> Engine:
         threads=config.threads,
     )
     engine = Engine(EngineConfig(model=ModelPair(name="target", target=config.target, drafter=NoDrafterConfig()), engine=runtime), progress)
-    longest = data.max_prompt_tokens + data.max_tokens
-    if engine.info.max_model_len < longest:
+    served = engine.info.max_model_len
+    if served < data.max_prompt_tokens + data.max_tokens:
         engine.close()
         raise ConfigError(
             f"data.max_prompt_tokens, data.max_tokens: {data.max_prompt_tokens} + {data.max_tokens} - must be at most "
-            f"{engine.info.max_model_len} together, what the target and data.kv_cache allow"
+            f"{served} together, what the target and data.kv_cache allow"
         )
     return engine
 
@@ -97,13 +97,10 @@ def make_shards(
                 engine = engine or open_engine()
                 writer = ShardWriter(engine, data, material, lambda num: _count(made, num, on_progress))
                 examples = writer.examples(made.num_shards)
+                if not examples:
+                    raise ConfigError(f"data: shard {made.num_shards} has no example. All prompts may be longer than max_prompt_tokens.")
                 write_shard(path, examples, {"recipe": recipe, "shard": made.num_shards, "num_dropped": writer.num_dropped})
-            num = num_answer_tokens(path)
-            if not num:
-                raise ConfigError(
-                    f"data: no example of shard {made.num_shards} has an answer. Prompts may be longer than max_prompt_tokens."
-                )
-            made.num_tokens += num
+            made.num_tokens += num_answer_tokens(path)
             made.num_shards += 1
             paths.append(path)
             on_progress(made)

@@ -20,9 +20,11 @@ from engine.errors import ConfigError
 from engine.train.batches import Batch, collate, in_passes, passes
 from engine.train.checkpoint import RunFolder
 from engine.train.config import TrainingConfig
-from engine.train.losses import Judgement, judge
+from engine.train.losses import Judgement, joined, judge
 from engine.train.models import Student, Teacher, parameter_groups
 from engine.train.shards import Example
+
+_CACHED_ROWS = 64
 
 
 @dataclass
@@ -177,7 +179,16 @@ class Distillation:
         for begin in range(0, len(states), self._config.logit_rows):
             rows = slice(begin, begin + self._config.logit_rows)
             logits = hidden[rows].to(dtype) @ weight.T
-            yield rows, judge(logits, teacher.logits(states[rows]), self._config.loss, self._student.draft_ids, needs_gradient)
+            yield rows, self._judge(logits, teacher.logits(states[rows]), needs_gradient)
+
+    def _judge(self, drafter: Tensor, target: Tensor, needs_gradient: bool) -> Judgement:
+        """On a CPU a few rows at a time, which stay in its caches: a dozen passes over large matrices would each go through memory."""
+        num_rows = _CACHED_ROWS if self._device.type == "cpu" else len(drafter)
+        parts = [
+            judge(d, t, self._config.loss, self._student.draft_ids, needs_gradient)
+            for d, t in zip(drafter.split(num_rows), target.split(num_rows), strict=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        ]
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def _mixed(self) -> AbstractContextManager[None]:
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError, SourceError
+from engine.model.draft_vocabulary import write_draft_ids
 from engine.model.loader import quiet_transformers
 from engine.model.parts import write_weights
 from engine.train.config import DistilConfig
@@ -83,6 +84,8 @@ def _fill(folder: Path, student: Student, config: DistilConfig, target_folder: P
         if not bool(weight.isfinite().all()):
             raise ConfigError(f"drafter.dtype: {config.drafter.dtype!r} - cannot hold {name}; take float32")
     write_weights(folder, state, int(config.max_file_size))
+    if student.draft_ids is not None:
+        write_draft_ids(folder, student.draft_ids)
     own = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": config.drafter.dtype}
     own.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -9,6 +9,7 @@ q is the drafter's distribution, p the target's. With a reduced vocabulary D, q 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,3 +56,14 @@ def _tv_gradient(p: Tensor, q: Tensor) -> Tensor:
     """Of -sum min(p, q) through the softmax: q (g - sum of q g) with g = -1 where q < p."""
     won = (q < p).to(q.dtype).mul_(q)  # q where more of it is accepted
     return q.mul_(won.sum(-1, keepdim=True)).sub_(won)
+
+
+def joined(parts: Sequence[Judgement]) -> Judgement:
+    """Judgements of rows, one after another."""
+    gradients = [part.gradient for part in parts if part.gradient is not None]
+    return Judgement(
+        torch.cat([part.loss for part in parts]),
+        torch.cat([part.acceptance for part in parts]),
+        torch.cat([part.agreement for part in parts]),
+        torch.cat(gradients) if gradients else None,
+    )

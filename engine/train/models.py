@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.errors import ConfigError, EngineError
+from engine.model.linear import LinearKind
 from engine.model.loader import quiet_transformers, require_supported
 from engine.model.source import first_line
 from engine.train.batches import Batch
@@ -47,6 +48,14 @@ class TargetTeacher:
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         return self._model.lm_head(states)  # type: ignore[no-any-return]  # transformers' modules are untyped
+
+
+def pack_linears(model: Any, kind: LinearKind) -> None:
+    """Have a target's linear layers as the engine has them: on a CPU its kernels take half the time that plain ones do."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, kind.make(child))
 
 
 class Student:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError
+from engine.model.linear import choose
 from engine.model.loader import end_token_ids, load, read_config, resolve_device, resolve_dtype
 from engine.model.source import Progress, resolve, silent
 from engine.train.checkpoint import RunFolder
@@ -19,7 +20,7 @@ from engine.train.config import DistilConfig
 from engine.train.data import Made, Material, data_engine, difference, make_shards, recipe_of
 from engine.train.distil import Distillation, Examples, Report
 from engine.train.export import History, export, require_replaceable
-from engine.train.models import Student, TargetTeacher, Teacher, drafter_config, frequent_ids, new_drafter
+from engine.train.models import Student, TargetTeacher, Teacher, drafter_config, frequent_ids, new_drafter, pack_linears
 from engine.train.shards import Example, digest, is_held_out, read_shard
 from engine.train.states import KeptTeacher, OnStates, Rows, keep_states
 
@@ -69,6 +70,7 @@ def distil(
     examples = [example for found in by_shard for example in found]
     held_out, learnt = _split(examples, config)
     student = _student(config, target, [examples[i] for i in learnt], end_token_ids(path), device)
+    pack_linears(target, choose("none", target.dtype, device))  # behind the student, which may take weights of it
     teachers = _teachers(config, target, shards, by_shard, (learnt, held_out), watch)
     sides = Examples([examples[i] for i in learnt], [examples[i] for i in held_out])
     training = Distillation(config.training, student, teachers, sides, device)
@@ -135,5 +137,5 @@ def _teachers(
         made_of = digest([config.target.model_dump_json(), *(e.prompt_ids for e in examples), *(e.answer_ids for e in examples)])
         places += keep_states(path, made_of, target, examples, config.training.pass_tokens)
         watch.on_states(number + 1, len(shards))
-    learnt, held_out = (KeptTeacher(target.lm_head, [places[i] for i in side]) for side in sides)
+    learnt, held_out = (KeptTeacher(target, [places[i] for i in side]) for side in sides)
     return learnt, held_out

@@ -36,17 +36,16 @@ class Rows:
 class KeptTeacher:
     """Reads states and runs the target's head."""
 
-    def __init__(self, head: Any, rows: Sequence[Rows]):
-        """`rows` are those of the examples that batches are made of."""
-        self._head = head
+    def __init__(self, model: Any, rows: Sequence[Rows]):
+        """`model` is the target, `rows` are those of the examples that batches are made of."""
+        self._head, self._device, self._dtype = model.lm_head, model.device, model.dtype
         self._rows = rows
         self._files: dict[Path, Any] = {}
 
     @torch.inference_mode()
     def states(self, batch: Batch) -> Tensor:
-        weight = self._head.weight
         found = torch.cat([self._slice(self._rows[index]) for index in batch.examples])
-        return found.to(weight.device, weight.dtype)
+        return found.to(self._device, self._dtype)
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:

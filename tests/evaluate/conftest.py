@@ -41,6 +41,7 @@ def pair_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_config(file: Path, drafter: dict[str, Any], target: Path) -> Path:
     file.write_text(
         f"model: {{name: tiny, target: {{source: {target}, dtype: float32}}, drafter: {json.dumps(drafter)}}}\n"
+        "speculation: {draft_length: {policy: fixed, max: 3}}\n"  # others look at the clock
         "engine: {device: cpu, kv_cache: 4MiB, max_sequences: 8}\n"
     )
     return file
