@@ -128,8 +128,8 @@ def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | N
     drafter_path = resolve(drafter_source, cache_dir, progress) if drafter_source else None
     if drafter_source and drafter_path:  # before minutes are spent on weights
         check_pair(_pair_member(config.model.target, target_path), _pair_member(drafter_source, drafter_path))
-    target = _load(config.model.target, target_path, config.engine, progress)
-    drafter = _load(drafter_source, drafter_path, config.engine, progress) if drafter_source and drafter_path else None
+    target = _load(config.model.target, target_path, config.engine, cache_dir, progress)
+    drafter = _load(drafter_source, drafter_path, config.engine, cache_dir, progress) if drafter_source and drafter_path else None
     progress("Warming up")
     core = assemble(config, target, drafter, Extras(costs=_measured(config, target, drafter, cache_dir or default_cache_dir())))
     _warm_up(core)
@@ -244,12 +244,12 @@ def _refuse_early(source: ModelSource) -> None:
             read_config(folder)
 
 
-def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, progress: Progress) -> Member:
+def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Path | None, progress: Progress) -> Member:
     config, device = read_config(path), resolve_device(runtime.device)
     dtype = resolve_dtype(source.dtype, device, config)
     kind = choose(source.quantization, dtype, device)
     progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}, {kind.note}")
-    stack = DecoderStack(load(path, dtype, device), kind, read_draft_ids(path, config.vocab_size))
+    stack = DecoderStack(load(path, dtype, device, cache_dir), kind, read_draft_ids(path, config.vocab_size))
     return Member(stack, context_length(config), path, end_token_ids(path))
 
 

@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from engine.config import Dtype
 from engine.errors import ConfigError, IncompatiblePair, SourceError, UnsupportedModel
+from engine.model.borrowed import borrowed_weights
 from engine.model.gguf_metadata import require_convertible
-from engine.model.parts import joined_weights
+from engine.model.parts import joined_weights, read_weights
 from engine.model.source import CONFIG_FILE, first_line
 
 # whose packed layers were compared with their own forward pass, in tests/model and in the one matrix
@@ -240,12 +241,14 @@ def resolve_dtype(dtype: Dtype, device: torch.device, config: PretrainedConfig) 
     return own if isinstance(own, torch.dtype) else torch.float32
 
 
-def load(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in `path` on `device`, in evaluation mode and without gradients.
+def load(path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path | None = None) -> PreTrainedModel:
+    """The model in `path` on `device`, in evaluation mode and without gradients. `cache_dir` is that of `resolve`.
 
     Raises SourceError when files are missing or damaged, UnsupportedModel when weights and architecture do not match.
     """
-    config, joined = read_config(path), joined_weights(path)
+    config = read_config(path)
+    borrowed = borrowed_weights(config, path, cache_dir)
+    joined = joined_weights(path) if borrowed is None else read_weights(path) | borrowed
     with quiet_transformers():
         try:
             model, report = (AutoModelForCausalLM if joined is None else _class_of(config)).from_pretrained(

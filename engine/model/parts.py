@@ -45,6 +45,19 @@ def write_weights(folder: Path, state: Mapping[str, Tensor], max_file_size: int)
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The whole state dict of a folder, in however many files. Raises SourceError."""
+    try:
+        if (joined := joined_weights(path)) is not None:
+            return joined
+        files = [WEIGHTS_FILE]
+        if (path / WEIGHTS_INDEX).is_file():
+            files = sorted(set(json.loads((path / WEIGHTS_INDEX).read_text("utf-8"))["weight_map"].values()))
+        return {name: weight for file in files for name, weight in load_file(path / file).items()}
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise SourceError(f"The weights in {path} cannot be loaded: {first_line(error)}") from error
+
+
 def joined_weights(path: Path) -> dict[str, Tensor] | None:
     """The state dict of a folder whose weights are stored in blocks; None for every other. Raises SourceError."""
     index = path / WEIGHTS_INDEX

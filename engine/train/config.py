@@ -30,7 +30,10 @@ class DrafterShape(Section):
     num_kv_heads: int | None = Field(None, ge=1, description="null: as many as num_heads")
     head_dim: int | None = Field(None, ge=2, description="null: hidden_size / num_heads")
     intermediate_size: int = Field(ge=1)
-    tie_embeddings: bool = Field(True, description="the head is the embedding")
+    tie_embeddings: bool = Field(True, description="the head is the embedding; means nothing where the target's are taken")
+    embedding: Literal["own", "target"] = Field(
+        "own", description="target: embedding and head are the target's, neither trained nor stored; needs its hidden_size"
+    )
     draft_vocabulary: int | None = Field(None, ge=2, description="drafts only so many tokens, the most frequent of the data; null: all")
     init: InitConfig = InitConfig()
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float16", description="of the exported weights; training keeps float32")
@@ -44,7 +47,7 @@ class DrafterShape(Section):
             raise ValueError(f"num_heads is {self.num_heads} and must be a multiple of num_kv_heads, which is {self.num_kv_heads}")
         if self.init.from_target_layers and len(self.init.from_target_layers) != self.num_layers:
             raise ValueError(f"init.from_target_layers names {len(self.init.from_target_layers)} layers and must name {self.num_layers}")
-        if self.draft_vocabulary is not None and not self.tie_embeddings:
+        if self.draft_vocabulary is not None and not self.tie_embeddings and self.embedding == "own":
             raise ValueError("draft_vocabulary needs tie_embeddings: its head is some rows of the embedding")
         return self
 

@@ -105,7 +105,7 @@ class Distillation:
         """Be where the checkpoint in `folder` was, if there is one."""
         if state := folder.load():
             self.position = Position(**state["position"])
-            self._student.model.load_state_dict(state["student"])
+            self._student.restore(state["student"])
             self._optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
 
@@ -159,15 +159,19 @@ class Distillation:
         with self._mixed():
             states, head = self._student.states(batch), self._student.head()
         hidden, weight = states.detach(), head.detach()
-        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight) if head.requires_grad else None
         total = 0.0
         for rows, judged in self._judged(batch, hidden, weight, self._teacher, needs_gradient=True):
             assert judged.gradient is not None
             gradient = judged.gradient.to(self._product_dtype(hidden))
             to_hidden[rows] = (gradient @ weight.to(gradient.dtype)).to(hidden.dtype)
-            to_weight += gradient.T @ hidden[rows].to(gradient.dtype)
+            if to_weight is not None:
+                to_weight += gradient.T @ hidden[rows].to(gradient.dtype)
             total += float(judged.loss.sum(dtype=torch.float64))
-        torch.autograd.backward([states, head], [to_hidden, to_weight])
+        if to_weight is None:
+            states.backward(to_hidden)
+        else:
+            torch.autograd.backward([states, head], [to_hidden, to_weight])
         return total
 
     def _judged(
@@ -225,7 +229,7 @@ class Distillation:
     def _state(self) -> dict[str, Any]:
         return {
             "position": asdict(self.position),
-            "student": self._student.model.state_dict(),
+            "student": self._student.trained(),
             "optimizer": self._optimizer.state_dict(),
             "rng": torch.get_rng_state(),  # nothing draws from it today; a model with dropout would
         }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError, SourceError
+from engine.model.borrowed import entry_of
 from engine.model.draft_vocabulary import write_draft_ids
 from engine.model.loader import quiet_transformers
 from engine.model.parts import write_weights
@@ -77,9 +78,9 @@ def export(student: Student, history: History, target_folder: Path) -> Path:
 
 def _fill(folder: Path, student: Student, config: DistilConfig, target_folder: Path) -> None:
     model, dtype = student.model, getattr(torch, config.drafter.dtype)
-    state = {name: weight.detach().to("cpu", dtype) for name, weight in model.state_dict().items()}
+    state = {name: weight.detach().to("cpu", dtype) for name, weight in student.trained().items()}
     if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]  # the same as the embedding
+        state.pop("lm_head.weight", None)  # the same as the embedding
     for name, weight in state.items():
         if not bool(weight.isfinite().all()):
             raise ConfigError(f"drafter.dtype: {config.drafter.dtype!r} - cannot hold {name}; take float32")
@@ -88,6 +89,8 @@ def _fill(folder: Path, student: Student, config: DistilConfig, target_folder: P
         write_draft_ids(folder, student.draft_ids)
     own = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": config.drafter.dtype}
     own.pop("_name_or_path", None)
+    if config.drafter.embedding == "target":
+        own |= entry_of(config.target)
     (folder / "config.json").write_text(json.dumps(own, indent=2, sort_keys=True) + "\n", "utf-8")
     with quiet_transformers():
         model.generation_config.save_pretrained(folder)
@@ -101,14 +104,15 @@ def card(student: Student, history: History) -> str:
     """What somebody should know who finds the folder."""
     config, position = history.config, history.position
     shape, data, training = config.drafter, config.data, config.training
-    num_parameters = sum(p.numel() for p in student.model.parameters())
+    num_parameters = sum(weight.numel() for weight in student.model.parameters() if weight.requires_grad)
     final = history.validations[-1]["sources"] if history.validations else {}
     vocabulary = f"the {shape.draft_vocabulary:,} most frequent of" if shape.draft_vocabulary else "all"
+    also = "; embedding and head are the target's, which must be there" if shape.embedding == "target" else ""
     drafted = f"{vocabulary} {student.model.config.vocab_size:,} tokens"
     facts = [
         ("target", f"`{_public(config.target.source)}`"),
         ("shape", f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads; drafts {drafted}"),
-        ("parameters", f"{num_parameters:,}, stored as {shape.dtype}"),
+        ("parameters", f"{num_parameters:,}, stored as {shape.dtype}{also}"),
         ("data", f"{history.num_data_tokens:,} tokens of {history.num_examples:,} answers, written by the target, seed {data.seed}"),
         ("training", f"{position.step:,} steps, {position.tokens:,} tokens (repeats included), loss {training.loss}, seed {training.seed}"),
         ("time", f"{position.seconds / 3600:.1f} hours of training"),

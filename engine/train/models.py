@@ -75,6 +75,15 @@ class Student:
         weight: Tensor = self.model.lm_head.weight
         return weight if self.draft_ids is None else weight.index_select(0, self.draft_ids)
 
+    def trained(self) -> dict[str, Tensor]:
+        """Its weights by name, but for those that are not trained."""
+        fixed = {name for name, parameter in self.model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+        return {name: weight for name, weight in self.model.state_dict().items() if name not in fixed}
+
+    def restore(self, weights: dict[str, Tensor]) -> None:
+        """Take over what `trained` gave."""
+        self.model.load_state_dict(self.model.state_dict() | weights)
+
 
 def hidden_rows(model: Any, batch: Batch) -> Tensor:
     """Last hidden states [R, hidden], normed, at a batch's rows."""
@@ -88,7 +97,9 @@ def new_drafter(shape: DrafterShape, target: Any, seed: int) -> Any:
     torch.manual_seed(seed)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if shape.init.embedding == "target":
+    if shape.embedding == "target":
+        _share_embedding(model, target)
+    elif shape.init.embedding == "target":
         _take_embedding(model, target)
     for place, layer in enumerate(shape.init.from_target_layers):
         _take_layer(model, place, target, layer)
@@ -105,7 +116,7 @@ def drafter_config(shape: DrafterShape, target: Any) -> Any:
         "num_key_value_heads": shape.num_kv_heads or shape.num_heads,
         "head_dim": shape.head_dim or shape.hidden_size // shape.num_heads,
         "intermediate_size": shape.intermediate_size,
-        "tie_word_embeddings": shape.tie_embeddings,
+        "tie_word_embeddings": shape.tie_embeddings if shape.embedding == "own" else target.tie_word_embeddings,
         "max_position_embeddings": target.max_position_embeddings,
         **{key: getattr(target, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }
@@ -120,6 +131,16 @@ def drafter_config(shape: DrafterShape, target: Any) -> Any:
     except Exception as error:  # transformers checks with whatever is at hand
         raise ConfigError(f"drafter: transformers knows no {shape.model_type} of this shape: {first_line(error)}") from error
     return config
+
+
+def _share_embedding(model: Any, target: Any) -> None:
+    """The target's embedding and head as they are; no gradient reaches them."""
+    own, theirs = model.model.embed_tokens.weight.shape[-1], target.model.embed_tokens.weight.shape[-1]
+    if own != theirs:
+        raise ConfigError(f"drafter.hidden_size: {own} - must be the target's {theirs} where its embedding is taken")
+    for ours, lent in ((model.model.embed_tokens, target.model.embed_tokens), (model.lm_head, target.lm_head)):
+        ours.weight = nn.Parameter(lent.weight.detach().float().cpu(), requires_grad=False)
+    model.tie_weights()  # one parameter again where they are one
 
 
 @torch.no_grad()
@@ -178,9 +199,9 @@ def frequent_ids(examples: Sequence[Example], number: int, always: Sequence[int]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and embeddings do not."""
+    """Matrices decay; norms, biases and embeddings do not. What takes no gradient is left out."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.get_output_embeddings().weight)}  # type: ignore[operator]
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     decaying = [p for p in parameters if p.ndim > 1 and id(p) not in embeddings]
     known = {id(p) for p in decaying}
     return [

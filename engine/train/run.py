@@ -77,7 +77,7 @@ def distil(
     if is_export_only:
         training.restore(run)
     else:
-        watch.say(f"Training {sum(p.numel() for p in student.model.parameters()) / 1e6:.1f} million weights on {len(learnt):,} answers")
+        watch.say(f"Training {sum(p.numel() for p in student.model.parameters() if p.requires_grad) / 1e6:.1f} million weights on {len(learnt):,} answers")
         training.run(run, fingerprint, watch.on_report)
     history = History(
         config=config,
