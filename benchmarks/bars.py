@@ -9,8 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -21,12 +20,29 @@ from benchmarks.body import BodyMaker
 from benchmarks.client import PATHS, HttpTarget, base_url_of, open_client
 from benchmarks.errors import BenchmarkError, RequestFailed
 from benchmarks.load import closed_loop, run_load
-from benchmarks.programs import EngineProgram, PromptEncoder, Run, TransformersProgram, engine_program, variant
-from benchmarks.prompts import BUILT_IN, Prompt, of_text, random_words, read, shuffled
+from benchmarks.measuring import (
+    NO_DRAFTER,
+    BarSkipped,
+    Measured,
+    Setting,
+    built_in,
+    encoded,
+    equal_texts,
+    measured,
+    median_of,
+    rate_ratio,
+    rates,
+    seconds,
+    spec_bench,
+    time_per_token_ratio,
+    time_ratio,
+)
+from benchmarks.pair_bars import PAIR_MEASURES
+from benchmarks.programs import PromptEncoder, TransformersProgram, engine_program
+from benchmarks.prompts import Prompt, of_text, random_words
 from benchmarks.served import ServedDeployment, serve
 from benchmarks.stats import Estimate, estimate, estimate_mean_per
-from benchmarks.turns import Comparison, Rows, Sides, Turns, compare, in_turns
-from engine.config import EngineConfig
+from benchmarks.turns import Sides, compare, in_turns
 from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.model.linear import choose
@@ -36,7 +52,6 @@ from engine.request import Choice, Request, SamplingParams
 from engine.sequence import Sequence
 from server.settings import load as load_deployment
 
-NO_DRAFTER: Mapping[str, Any] = {"model.drafter": {"kind": "none"}}
 FLOAT32: Mapping[str, Any] = {"model.target.dtype": "float32"}
 NGRAM: Mapping[str, Any] = {
     "model.drafter": {"kind": "ngram", "max_n": 3, "min_n": 1},
@@ -49,58 +64,18 @@ FEW_BLOCKS: Mapping[str, Any] = {"engine.kv_cache": 64 << 20}
 SUMMARIES_AND_RETRIEVAL = (245, 251, 259, 261, 275, 277, 283, 287, 291, 305, 501, 503, 505, 509, 519, 523, 527, 535, 549, 555)
 
 
-class BarSkipped(Exception):
-    """The bar cannot be measured here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How thoroughly, and with what."""
-
-    config: Path
-    data: Path  # spec_bench_dev.jsonl
-    answers: Path  # gsm8k_test_dev.jsonl
-    repetitions: int
-    is_quick: bool  # shows that a bar runs; its figures mean little
-    tick: Callable[[], None] = lambda: None  # after every prompt
-
-    @property
-    def device(self) -> str:
-        """What the engines run on, a GPU with its name. Raises ConfigError where it is not there."""
-        device = resolve_device(self.engine().engine.device)
-        return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-    def size(self, full: int, quick: int) -> int:
-        return quick if self.is_quick else full
-
-    def turns(self, num_prompts: int) -> Turns:
-        return Turns(num_prompts, self.repetitions, self.tick)
-
-    def engine(self, *changes: Mapping[str, Any]) -> EngineConfig:
-        return variant(self.config, {key: value for change in changes for key, value in change.items()})
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A bar's figure, what each repetition alone says, and what else was seen."""
-
-    value: Estimate
-    repetitions: tuple[float, ...]
-    detail: Mapping[str, Any] = field(default_factory=dict)
-
-
 # ---------------------------------------------------------------------- against transformers
 def one_stream(setting: Setting) -> Measured:
     """Tokens a second of one float32 stream without drafts over those of transformers' generate, prompts included."""
     ours = engine_program(setting.engine(NO_DRAFTER, FLOAT32))
     theirs, num_tokens = TransformersProgram(ours.info), setting.size(128, 8)
-    prompts = _built_in(setting.size(6, 2))
+    prompts = built_in(setting.size(6, 2))
     sides = Sides(
-        _encoded(ours, prompts),
+        encoded(ours, prompts),
         [lambda ids: ours.answer(ids, num_tokens, stops=False), lambda ids: theirs.answer(ids, num_tokens, stops=False)],
     )
     rows = in_turns(sides, setting.turns(len(prompts)))
-    return _measured(compare(rows, _rate_ratio), _rates(rows) | _equal_texts(rows))
+    return measured(compare(rows, rate_ratio), rates(rows) | equal_texts(rows))
 
 
 def prefill(setting: Setting) -> Measured:
@@ -110,7 +85,7 @@ def prefill(setting: Setting) -> Measured:
     num_tokens = setting.size(1500, 100)
     sides = Sides(lambda _: encoder.words(num_tokens), [lambda ids: ours.answer(ids, 1), lambda ids: theirs.answer(ids, 1)])
     rows = in_turns(sides, setting.turns(setting.size(4, 2)))
-    return _measured(compare(rows, _time_ratio), {"prompt_tokens": num_tokens} | _seconds(rows) | _equal_texts(rows))
+    return measured(compare(rows, time_ratio), {"prompt_tokens": num_tokens} | seconds(rows) | equal_texts(rows))
 
 
 # ---------------------------------------------------------------------- of the engine
@@ -138,8 +113,8 @@ def forward_window(setting: Setting) -> Measured:
 
     sides = Sides(made, [lambda seq: milliseconds(seq, 5), lambda seq: milliseconds(seq, 0)])
     rows = in_turns(sides, setting.turns(setting.size(8, 2)))
-    detail = {"ms_of_6": _median_of(rows, 0), "ms_of_1": _median_of(rows, 1)}
-    return _measured(compare(rows, lambda row: row[0] / row[1]), detail)
+    detail = {"ms_of_6": median_of(rows, 0), "ms_of_1": median_of(rows, 1)}
+    return measured(compare(rows, lambda row: row[0] / row[1]), detail)
 
 
 def ngram(setting: Setting) -> Measured:
@@ -147,17 +122,17 @@ def ngram(setting: Setting) -> Measured:
     prompts = _chosen(setting)
     drafting, plain = engine_program(setting.engine(NGRAM)), engine_program(setting.engine(NO_DRAFTER))
     num_tokens = setting.size(200, 8)
-    sides = Sides(_encoded(plain, prompts), [lambda ids: drafting.answer(ids, num_tokens), lambda ids: plain.answer(ids, num_tokens)])
+    sides = Sides(encoded(plain, prompts), [lambda ids: drafting.answer(ids, num_tokens), lambda ids: plain.answer(ids, num_tokens)])
     rows = in_turns(sides, setting.turns(len(prompts)))
-    detail = {"without_prompts": _time_per_token_ratio(rows), "ids": [prompt.id for prompt in prompts]}
-    return _measured(compare(rows, _rate_ratio), detail | _rates(rows) | _equal_texts(rows))
+    detail = {"without_prompts": time_per_token_ratio(rows), "ids": [prompt.id for prompt in prompts]}
+    return measured(compare(rows, rate_ratio), detail | rates(rows) | equal_texts(rows))
 
 
 def eight_streams(setting: Setting) -> Measured:
     """Tokens a second of 8 streams together over those of the same prompts one after another, no drafts, prompts included."""
     engine = engine_program(setting.engine(NO_DRAFTER))
     num_streams, num_groups, num_tokens = 8, setting.size(3, 1), setting.size(64, 4)
-    prompts, encoder = _built_in(num_streams * num_groups), PromptEncoder(engine.info.target_path)
+    prompts, encoder = built_in(num_streams * num_groups), PromptEncoder(engine.info.target_path)
     groups = [prompts[i * num_streams : (i + 1) * num_streams] for i in range(num_groups)]
 
     def together(asked: tuple[Prompt, ...]) -> float:
@@ -168,21 +143,21 @@ def eight_streams(setting: Setting) -> Measured:
 
     rows = in_turns(Sides(lambda i: tuple(groups[i]), [together, one_by_one]), setting.turns(num_groups))
     rates = [[[num_streams * num_tokens / value for value in row] for row in repetition] for repetition in rows]
-    detail = {"tokens_per_second": _median_of(rates, 0), "one_stream_tokens_per_second": _median_of(rates, 1)}
-    return _measured(compare(rows, lambda row: row[1] / row[0]), detail)
+    detail = {"tokens_per_second": median_of(rates, 0), "one_stream_tokens_per_second": median_of(rates, 1)}
+    return measured(compare(rows, lambda row: row[1] / row[0]), detail)
 
 
 def int8(setting: Setting) -> Measured:
     """Tokens a second of one int8 stream over those of one float32 stream, no drafts."""
     _require_int8(setting)
     quantised, plain = engine_program(setting.engine(NO_DRAFTER, INT8)), engine_program(setting.engine(NO_DRAFTER, FLOAT32))
-    prompts, num_tokens = _built_in(setting.size(6, 2)), setting.size(128, 8)
+    prompts, num_tokens = built_in(setting.size(6, 2)), setting.size(128, 8)
     sides = Sides(
-        _encoded(plain, prompts),
+        encoded(plain, prompts),
         [lambda ids: quantised.answer(ids, num_tokens, stops=False), lambda ids: plain.answer(ids, num_tokens, stops=False)],
     )
     rows = in_turns(sides, setting.turns(len(prompts)))
-    return _measured(compare(rows, _rate_ratio), _rates(rows) | _equal_texts(rows))
+    return measured(compare(rows, rate_ratio), rates(rows) | equal_texts(rows))
 
 
 def int8_perplexity(setting: Setting) -> Measured:
@@ -221,7 +196,7 @@ def start(setting: Setting) -> Measured:
 def http_overhead(setting: Setting) -> Measured:
     """Milliseconds a token that a client of a server waits longer than a program that steps the same engine itself. One stream."""
     config = setting.engine(NO_DRAFTER)
-    program, prompts, num_tokens = engine_program(config), _built_in(setting.size(12, 2)), setting.size(64, 8)
+    program, prompts, num_tokens = engine_program(config), built_in(setting.size(12, 2)), setting.size(64, 8)
     encoder = PromptEncoder(program.info.target_path)
 
     def stepped(prompt: Prompt) -> float:
@@ -234,8 +209,8 @@ def http_overhead(setting: Setting) -> Measured:
             return 1000 * runner.run(_tpot(served, config.model.name, conversation, num_tokens))
 
         rows = in_turns(Sides(lambda i: prompts[i], [asked, stepped]), setting.turns(len(prompts)))
-    detail = {"client_ms_per_token": _median_of(rows, 0), "engine_ms_per_token": _median_of(rows, 1)}
-    return _measured(compare(rows, lambda row: row[0] - row[1]), detail)
+    detail = {"client_ms_per_token": median_of(rows, 0), "engine_ms_per_token": median_of(rows, 1)}
+    return measured(compare(rows, lambda row: row[0] - row[1]), detail)
 
 
 def memory(setting: Setting) -> Measured:
@@ -284,25 +259,14 @@ def _require_int8(setting: Setting) -> None:
         raise BarSkipped(str(reason)) from reason
 
 
-def _built_in(count: int) -> list[Prompt]:
-    return shuffled(read(BUILT_IN), count, seed=0)
-
-
 def _chosen(setting: Setting) -> list[Prompt]:
     """The listed questions, summaries and retrieval in turns. Raises BarSkipped where the file is absent."""
-    if not setting.data.exists():
-        raise BarSkipped(f"{setting.data} is not there; --data names Spec-Bench's questions (question_id, category, turns)")
-    by_id = {prompt.id: prompt for prompt in read(setting.data)}
+    by_id = {prompt.id: prompt for prompt in spec_bench(setting)}
     if missing := [number for number in SUMMARIES_AND_RETRIEVAL if number not in by_id]:
         raise BenchmarkError(f"{setting.data} lacks the questions {', '.join(map(str, missing))}.")
     ids = SUMMARIES_AND_RETRIEVAL
     ordered = [by_id[number] for pair in zip(ids[:10], ids[10:], strict=True) for number in pair]
     return ordered[: setting.size(20, 2)]
-
-
-def _encoded(engine: EngineProgram, prompts: list[Prompt]) -> Callable[[int], tuple[int, ...]]:
-    encoder = PromptEncoder(engine.info.target_path)
-    return lambda i: encoder.new(prompts[i])
 
 
 def _window(seq: Sequence, num_tokens: int, drafts: tuple[int, ...] = ()) -> tuple[StepPlan, DraftBatch]:
@@ -341,44 +305,6 @@ def _alone(core: EngineCore, prompt: tuple[int, ...], max_tokens: int) -> Sequen
     return seq
 
 
-def _measured(comparison: Comparison, detail: Mapping[str, Any]) -> Measured:
-    return Measured(comparison.value, comparison.repetitions, detail)
-
-
-def _rate_ratio(row: list[Run]) -> float:
-    return row[0].tokens_per_second / row[1].tokens_per_second
-
-
-def _time_ratio(row: list[Run]) -> float:
-    return row[1].seconds / row[0].seconds
-
-
-def _time_per_token_ratio(rows: Rows[Run]) -> float | None:
-    """Over all answers that go on behind their first tokens; None where none does."""
-    long = [row for repetition in rows for row in repetition if all(run.num_behind_first > 0 for run in row)]
-    return median(row[1].seconds_per_token / row[0].seconds_per_token for row in long) if long else None
-
-
-def _rates(rows: Rows[Run]) -> dict[str, float]:
-    values = [[[run.tokens_per_second for run in row] for row in repetition] for repetition in rows]
-    return {"tokens_per_second": _median_of(values, 0), "other_tokens_per_second": _median_of(values, 1)}
-
-
-def _seconds(rows: Rows[Run]) -> dict[str, float]:
-    values = [[[run.seconds for run in row] for row in repetition] for repetition in rows]
-    return {"seconds": _median_of(values, 0), "other_seconds": _median_of(values, 1)}
-
-
-def _equal_texts(rows: Rows[Run]) -> dict[str, int]:
-    """Greedy answers of both sides should be the same tokens, up to ties that floating point breaks."""
-    pairs = [row for repetition in rows for row in repetition]
-    return {"answers": len(pairs), "equal_answers": sum(row[0].token_ids == row[1].token_ids for row in pairs)}
-
-
-def _median_of(rows: Rows[float], side: int) -> float:
-    return median(row[side] for repetition in rows for row in repetition)
-
-
 MEASURES: Mapping[str, Callable[[Setting], Measured]] = {
     "one-stream": one_stream,
     "forward-window": forward_window,
@@ -390,4 +316,5 @@ MEASURES: Mapping[str, Callable[[Setting], Measured]] = {
     "start": start,
     "http-overhead": http_overhead,
     "memory": memory,
+    **PAIR_MEASURES,
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from transformers import GenerationConfig
 
 from benchmarks.errors import BenchmarkError
@@ -22,7 +23,7 @@ from engine.build import build
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model.loader import load as load_model
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, SpeculationParams
 from engine.stats import EngineInfo
 from server.settings import load as load_deployment
 from server.text import TextTokenizer
@@ -38,6 +39,7 @@ class Run:
     seconds: float
     first_seconds: float | None = None  # until the first tokens; None where the program does not show it
     num_first: int = 1  # tokens that came then: more than one where drafts were accepted with the prompt
+    num_target_calls: int = 0  # of an engine: steps that the answer was part of
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,26 +86,49 @@ class PromptEncoder:
 
 
 class EngineProgram:
-    """An engine that is stepped by hand. Greedy."""
+    """An engine that is stepped by hand."""
 
-    def __init__(self, core: EngineCore):
+    def __init__(self, core: EngineCore, speculation: SpeculationParams):
+        """`speculation` counts for every request."""
         self.core = core
+        self._speculation = speculation
         self._ids = itertools.count()
 
     @property
     def info(self) -> EngineInfo:
         return self.core.info
 
-    def answer(self, prompt_ids: Sequence[int], num_tokens: int, stops: bool = True) -> Run:
+    def answer(self, prompt_ids: Sequence[int], num_tokens: int, stops: bool = True, temperature: float = 0.0) -> Run:
         """One stream: at most `num_tokens` tokens, exactly so many unless it `stops` at an end token."""
-        return self.answers([prompt_ids], num_tokens, stops)[0]
+        return self.answers([prompt_ids], num_tokens, stops, temperature)[0]
 
-    def answers(self, prompts: Sequence[Sequence[int]], num_tokens: int, stops: bool = True) -> list[Run]:
-        """As many streams as there are prompts, begun together."""
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, stop_token_ids=self.info.end_token_ids if stops else ())
-        requests = [Request(id=f"run-{next(self._ids)}", prompt_ids=tuple(ids), sampling=sampling) for ids in prompts]
+    def answers(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stops: bool = True, temperature: float = 0.0, max_draft: int | None = None
+    ) -> list[Run]:
+        """As many streams as there are prompts, begun together. `max_draft` drafts at most at a time; 0 is the target alone."""
+        return self._answers(prompts, num_tokens, stops, temperature, max_draft)
+
+    def answers_again(self, prompts: Sequence[Sequence[int]], num_tokens: int, max_draft: int | None = None) -> list[Run]:
+        """The same for prompts that this engine has seen: for comparing its own ways to answer, whose prompts all cost the same."""
+        return self._answers(prompts, num_tokens, True, 0.0, max_draft, may_be_cached=True)
+
+    def _answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        stops: bool,
+        temperature: float,
+        max_draft: int | None,
+        may_be_cached: bool = False,
+    ) -> list[Run]:
+        ends = self.info.end_token_ids if stops else ()
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=temperature, stop_token_ids=ends)
+        speculation = replace(self._speculation, enabled=max_draft != 0, max_draft=max_draft or None)
+        requests = [
+            Request(id=f"run-{next(self._ids)}", prompt_ids=tuple(ids), sampling=sampling, speculation=speculation) for ids in prompts
+        ]
         tokens: dict[str, list[int]] = {request.id: [] for request in requests}
-        first, last_at = dict[str, tuple[float, int]](), dict[str, float]()
+        first, last_at, calls = dict[str, tuple[float, int]](), dict[str, float](), dict[str, int]()
         start = time.perf_counter()
         for request in requests:
             self.core.add(request)
@@ -111,12 +136,12 @@ class EngineProgram:
             deltas = self.core.step().deltas
             now = time.perf_counter()
             for delta in deltas:
-                if delta.num_cached_tokens:
+                if delta.num_cached_tokens and not may_be_cached:
                     raise BenchmarkError(f"The prefix cache held {delta.num_cached_tokens} tokens of a timed prompt; prompts must be new.")
                 tokens[delta.request_id] += delta.token_ids
                 first.setdefault(delta.request_id, (now - start, len(delta.token_ids)))
-                last_at[delta.request_id] = now
-        return [Run(tuple(ids), last_at[name] - start, *first[name]) for name, ids in tokens.items()]
+                last_at[delta.request_id], calls[delta.request_id] = now, delta.num_target_calls
+        return [Run(tuple(ids), last_at[name] - start, *first[name], calls[name]) for name, ids in tokens.items()]
 
 
 class TransformersProgram:
@@ -153,5 +178,6 @@ def variant(config: Path, changes: Mapping[str, Any]) -> EngineConfig:
 
 
 def engine_program(config: EngineConfig) -> EngineProgram:
-    """Load an engine."""
-    return EngineProgram(build(config))
+    """Load an engine, whose requests are judged as the config says."""
+    rule, alpha = config.speculation.judged_by()
+    return EngineProgram(build(config), SpeculationParams(rule=rule, alpha=alpha))

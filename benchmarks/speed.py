@@ -25,7 +25,7 @@ from engine.threads import set_defaults
 from server.cli import one_line_errors
 
 if TYPE_CHECKING:
-    from benchmarks.bars import Measured, Setting
+    from benchmarks.measuring import Measured, Setting
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -60,6 +60,18 @@ BARS = {
     "start": Bar("cascade serve to ready, not the first start", 12.0, "at most", " s"),
     "http-overhead": Bar("time per token of an HTTP client, less that of the engine stepped in a program", 2.0, "at most", " ms"),
     "memory": Bar("resident memory of server and engine after 200 requests over that after 20", 1.05, "at most"),
+    "drafter-step": Bar("a drafted token, drawn greedily, over a step of the target: time", 6.0, "at most", " %"),
+    "drafter-step-sampled": Bar("a drafted token, drawn at temperature 1, over a step of the target: time", 6.0, "at most", " %"),
+    "accepted-chat": Bar("tokens a target call, exact, 5 drafts, chat questions", 2.2, "at least", ""),
+    "accepted-all": Bar("tokens a target call, exact, 5 drafts, all questions", 1.8, "at least", ""),
+    "accepted-chat-token_v3": Bar("tokens a target call, token_v3, 5 drafts, chat questions", 2.6, "at least", ""),
+    "accepted-all-token_v3": Bar("tokens a target call, token_v3, 5 drafts, all questions", 2.1, "at least", ""),
+    "lengths-1": Bar("adaptive draft lengths, one stream: tokens/s over the best fixed length", 0.95, "at least"),
+    "lengths-4": Bar("adaptive draft lengths, 4 streams: tokens/s over the best fixed length", 0.95, "at least"),
+    "lengths-16": Bar("adaptive draft lengths, 16 streams: tokens/s over the best fixed length", 0.95, "at least"),
+    "never-slower": Bar("exact over no drafts at 1, 4 and 16 streams, the worst kind of prompts: tokens/s", 0.97, "at least"),
+    "http-exact": Bar("a client's tokens/s, exact over no drafts, chat questions", 1.4, "at least"),
+    "http-default": Bar("a client's tokens/s, the deployment's rule over no drafts, chat questions", 1.6, "at least"),
 }
 
 
@@ -126,7 +138,7 @@ def speed(
         names = bar or list(BARS)
         if unknown := [name for name in names if name not in BARS]:
             raise BenchmarkError(f"--bar {unknown[0]}: there is none of that name; there are {', '.join(BARS)}.")
-        from benchmarks.bars import Setting  # torch and transformers take seconds
+        from benchmarks.measuring import Setting  # torch and transformers take seconds
 
         setting = Setting(config, data, answers, 1 if quick else repetitions, quick)
         target = {"config": str(config), "device": setting.device}  # mistakes in the file are said before anything is measured
@@ -143,7 +155,8 @@ def speed(
 
 
 def _measure(name: str, setting: Setting, console: Console) -> BarResult:
-    from benchmarks.bars import MEASURES, BarSkipped
+    from benchmarks.bars import MEASURES
+    from benchmarks.measuring import BarSkipped
 
     with progress_bar(console, name, total=None) as tick:
         try:

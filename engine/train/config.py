@@ -123,7 +123,9 @@ class TrainingConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of a mean over tokens")
     loss: Literal["kl", "tv"] = "kl"
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the drafter's products; weights and losses stay float32")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products of both models; what is trained, and losses, stay float32"
+    )
     keep_states: bool = Field(
         False, description="keep the target's last hidden states on disk, so that only the first time through the data runs the target"
     )

@@ -169,7 +169,7 @@ class Distillation:
                 to_weight += gradient.T @ hidden[rows].to(gradient.dtype)
             total += float(judged.loss.sum(dtype=torch.float64))
         if to_weight is None:
-            states.backward(to_hidden)
+            torch.autograd.backward([states], [to_hidden])
         else:
             torch.autograd.backward([states, head], [to_hidden, to_weight])
         return total

@@ -104,7 +104,8 @@ def card(student: Student, history: History) -> str:
     """What somebody should know who finds the folder."""
     config, position = history.config, history.position
     shape, data, training = config.drafter, config.data, config.training
-    num_parameters = sum(weight.numel() for weight in student.model.parameters() if weight.requires_grad)
+    tied = "lm_head.weight" if student.model.config.tie_word_embeddings else None  # the embedding once more
+    num_parameters = sum(weight.numel() for name, weight in student.trained().items() if name != tied)
     final = history.validations[-1]["sources"] if history.validations else {}
     vocabulary = f"the {shape.draft_vocabulary:,} most frequent of" if shape.draft_vocabulary else "all"
     also = "; embedding and head are the target's, which must be there" if shape.embedding == "target" else ""

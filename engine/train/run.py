@@ -70,14 +70,17 @@ def distil(
     examples = [example for found in by_shard for example in found]
     held_out, learnt = _split(examples, config)
     student = _student(config, target, [examples[i] for i in learnt], end_token_ids(path), device)
-    pack_linears(target, choose("none", target.dtype, device))  # behind the student, which may take weights of it
+    if config.training.precision == "bfloat16":
+        target.to(torch.bfloat16)  # behind the student, which may take weights of it
+    pack_linears(target, choose("none", target.dtype, device))
     teachers = _teachers(config, target, shards, by_shard, (learnt, held_out), watch)
     sides = Examples([examples[i] for i in learnt], [examples[i] for i in held_out])
     training = Distillation(config.training, student, teachers, sides, device)
     if is_export_only:
         training.restore(run)
     else:
-        watch.say(f"Training {sum(p.numel() for p in student.model.parameters() if p.requires_grad) / 1e6:.1f} million weights on {len(learnt):,} answers")
+        num_weights = sum(weight.numel() for weight in student.model.parameters() if weight.requires_grad)
+        watch.say(f"Training {num_weights / 1e6:.1f} million weights on {len(learnt):,} answers")
         training.run(run, fingerprint, watch.on_report)
     history = History(
         config=config,
@@ -134,7 +137,9 @@ def _teachers(
     places: list[Rows] = []
     for number, (shard, examples) in enumerate(zip(shards, by_shard, strict=True)):
         path = shard.with_name(shard.name.replace("shard", "states"))
-        made_of = digest([config.target.model_dump_json(), *(e.prompt_ids for e in examples), *(e.answer_ids for e in examples)])
+        made_of = digest(
+            [config.target.model_dump_json(), str(target.dtype), *(e.prompt_ids for e in examples), *(e.answer_ids for e in examples)]
+        )
         places += keep_states(path, made_of, target, examples, config.training.pass_tokens)
         watch.on_states(number + 1, len(shards))
     learnt, held_out = (KeptTeacher(target, [places[i] for i in side]) for side in sides)

@@ -17,8 +17,9 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import bars, programs
-from benchmarks.bars import MEASURES, SUMMARIES_AND_RETRIEVAL, BarSkipped, Setting
+from benchmarks.bars import MEASURES, SUMMARIES_AND_RETRIEVAL
 from benchmarks.errors import BenchmarkError
+from benchmarks.measuring import NO_DRAFTER, BarSkipped, Measured, Setting
 from benchmarks.prompts import of_text
 from benchmarks.served import ServedDeployment, serve
 from benchmarks.speed import BARS, Bar, app
@@ -75,7 +76,7 @@ def test_perplexity_is_that_of_the_answers_alone(setting: Setting, tmp_path: Pat
     monkeypatch.setattr(bars, "INT8", {})
     measured = MEASURES["int8-perplexity"](replace(setting, answers=file))
     assert (measured.value.low, measured.value.median, measured.value.high) == (1, 1, 1)
-    core = programs.engine_program(setting.engine(bars.NO_DRAFTER)).core
+    core = programs.engine_program(setting.engine(NO_DRAFTER)).core
     question, answer = (5, 6, 7, 8), (9, 10, 11)
     theirs = load_model(Path(core.info.target_path), torch.float32, torch.device("cpu"))
     with torch.inference_mode():
@@ -110,7 +111,7 @@ def test_tokens_that_come_with_the_first_have_no_time_of_their_own() -> None:
 
 
 def test_a_figure_that_the_prefix_cache_had_a_part_in_is_refused(setting: Setting) -> None:
-    engine = programs.engine_program(setting.engine(bars.NO_DRAFTER))
+    engine = programs.engine_program(setting.engine(NO_DRAFTER))
     encoder = programs.PromptEncoder(engine.info.target_path)
     prompt = of_text("the quick brown fox jumps over the lazy dog")
     first, second = encoder.new(prompt), encoder.new(prompt)
@@ -122,7 +123,7 @@ def test_a_figure_that_the_prefix_cache_had_a_part_in_is_refused(setting: Settin
 
 def test_stopping_is_chosen(setting: Setting) -> None:
     """Without stops an answer has exactly as many tokens as were asked for."""
-    engine = programs.engine_program(setting.engine(bars.NO_DRAFTER))
+    engine = programs.engine_program(setting.engine(NO_DRAFTER))
     run = engine.answer(tuple(range(3, 20)), 9, stops=False)
     assert len(run.token_ids) == 9
     assert run.first_seconds is not None
@@ -178,7 +179,7 @@ def test_the_command_prints_json_last_and_writes_the_same(tiny_config: Path, tmp
 
 
 def test_a_bar_that_fails_leaves_what_the_others_measured(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(setting: Setting) -> bars.Measured:
+    def fail(setting: Setting) -> Measured:
         raise BenchmarkError("the lamp went out")
 
     monkeypatch.setattr(bars, "MEASURES", {**MEASURES, "ngram": fail})
