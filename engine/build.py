@@ -27,6 +27,7 @@ from engine.config import (
 from engine.core import EngineCore, Parts
 from engine.draft.adaptive import AdaptiveLength
 from engine.draft.confidence import ConfidenceLength
+from engine.draft.copying import Copying
 from engine.draft.costs import PassCosts
 from engine.draft.length import FixedLength, HeuristicLength
 from engine.draft.model import ModelDrafter
@@ -224,7 +225,8 @@ def _make_drafter(config: EngineConfig, member: Member | None, num_blocks: int, 
     if member is None:
         return NoDrafter()
     model = PagedModel(member.stack, num_blocks, config.engine.block_size, shared.vocab_size)
-    return ModelDrafter(model, shared.distributions, member.context_length, shared.rules, shared.policy)
+    copying = Copying(kind.copying.doubt) if isinstance(kind, ModelDrafterConfig) and kind.copying else None
+    return ModelDrafter(model, shared.distributions, member.context_length, shared.rules, shared.policy, copying)
 
 
 def _drafter_name(config: EngineConfig) -> str:

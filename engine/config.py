@@ -53,11 +53,18 @@ class NGramDrafterConfig(Section):
         return self
 
 
+class CopyingConfig(Section):
+    """Part of the drafter's distribution goes to what followed the last few tokens when they last occurred."""
+
+    doubt: float = Field(2.0, gt=0, le=1000, description="how long a run must be to get half; less copies more")
+
+
 class ModelDrafterConfig(ModelSource):
     """A second, smaller model of the same vocabulary."""
 
     has_probabilities: ClassVar[bool] = True
     kind: Literal["model"] = "model"
+    copying: CopyingConfig | None = Field(None, description="mix its rows with what followed the last tokens before; null: do not")
 
 
 DrafterConfig = Annotated[NoDrafterConfig | NGramDrafterConfig | ModelDrafterConfig, Field(discriminator="kind")]

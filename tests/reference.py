@@ -90,6 +90,25 @@ class NaiveModel:
         return tuple(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].tolist())
 
 
+class NaiveCopying(NaiveModel):
+    """A model whose rows are mixed with what followed the last 4, else 2 tokens when they last occurred. The text is searched anew."""
+
+    def __init__(self, model: NaiveModel, doubt: float):
+        self.context = model.context
+        self._rows = lru_cache(maxsize=None)(lambda tokens: self._mixed(model.logits(list(tokens)), tokens, doubt))
+
+    @staticmethod
+    def _mixed(logits: Row, tokens: tuple[int, ...], doubt: float) -> Row:
+        for n in (4, 2):
+            for place in range(len(tokens) - 1, n - 1, -1):
+                if tokens[place - n : place] == tokens[-n:]:
+                    length = max(m for m in range(n, 17) if m <= place and tokens[place - m : place] == tokens[-m:])
+                    weight = length / (length + doubt)
+                    q = softmax(logits)
+                    return tuple(math.log((1 - weight) * x + weight * (i == tokens[place])) for i, x in enumerate(q))
+        return logits
+
+
 def softmax(logits: Row, temperature: float = 1.0) -> Row:
     return tuple(torch.softmax(torch.tensor(logits, dtype=torch.float64) / temperature, 0).tolist())
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.build import Costs, Extras, Member, assemble
 from engine.config import (
+    CopyingConfig,
     DrafterConfig,
     EngineConfig,
     FixedLengthConfig,
@@ -36,7 +37,7 @@ from engine.plan import LogitsProcessor, RawRows, RowBatch, Rule
 from engine.request import Request, Round
 from engine.stats import StepStats
 from engine.verify.rules import RULES
-from tests.reference import NaiveModel, Row
+from tests.reference import NaiveCopying, NaiveModel, Row
 
 VOCAB = 24
 
@@ -107,9 +108,10 @@ def naive_target(architecture: str = "llama") -> NaiveModel:
 
 
 @cache
-def naive_drafter(context: int = 10**9, drafted: tuple[int, ...] | None = None) -> NaiveModel:
-    """`drafted` are the tokens of a reduced vocabulary; None for all."""
-    return NaiveModel(drafter_model() if drafted is None else partial(_never_beside, drafted), context)
+def naive_drafter(context: int = 10**9, drafted: tuple[int, ...] | None = None, doubt: float | None = None) -> NaiveModel:
+    """`drafted` are the tokens of a reduced vocabulary, None for all; `doubt` is that of copying, None for none."""
+    model = NaiveModel(drafter_model() if drafted is None else partial(_never_beside, drafted), context)
+    return model if doubt is None else NaiveCopying(model, doubt)
 
 
 def _never_beside(drafted: tuple[int, ...], ids: torch.Tensor, use_cache: bool) -> Any:
@@ -193,6 +195,7 @@ class Setup:
     drafter: str = "model"  # none, ngram, model
     drafter_context: int = 10**9
     drafted: tuple[int, ...] | None = None  # the tokens of a drafter's reduced vocabulary; None for all
+    doubt: float | None = None  # of copying; None for none
     policy: LengthConfig = field(default_factory=lambda: FixedLengthConfig(max=4))
     verification: Literal["token", "block"] = "token"
     num_blocks: int = 64
@@ -207,11 +210,14 @@ class Setup:
     processors: tuple[LogitsProcessor, ...] = ()
 
 
-_DRAFTERS: dict[str, DrafterConfig] = {
-    "none": NoDrafterConfig(),
-    "ngram": NGramDrafterConfig(),
-    "model": ModelDrafterConfig(source="drafter"),
-}
+def drafter_config(setup: Setup) -> DrafterConfig:
+    copying = None if setup.doubt is None else CopyingConfig(doubt=setup.doubt)
+    kinds: dict[str, DrafterConfig] = {
+        "none": NoDrafterConfig(),
+        "ngram": NGramDrafterConfig(),
+        "model": ModelDrafterConfig(source="drafter", copying=copying),
+    }
+    return kinds[setup.drafter]
 
 
 # an adaptive policy begins with these, and what it then sees of the tiny models is noise: its lengths differ from run to run
@@ -230,7 +236,7 @@ def make_core(setup: Setup) -> EngineCore:
         drafter = Member(DecoderStack(model, draft_ids=draft_ids), min(64, setup.drafter_context), Path("drafter"))
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(
-        model=ModelPair(name="tiny", target=ModelSource(source="target"), drafter=_DRAFTERS[setup.drafter]),
+        model=ModelPair(name="tiny", target=ModelSource(source="target"), drafter=drafter_config(setup)),
         speculation=SpeculationConfig(draft_length=setup.policy, verification=setup.verification),
         engine=RuntimeConfig(
             device=setup.device,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from engine.draft.copying import Copying
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
 from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
@@ -33,6 +34,7 @@ class _Draft:
     is_lagging: bool = False
     is_unsure: bool = False  # nothing more is to be drafted
     confidences: list[float] = field(default_factory=list)  # of its rows, if the policy reads them
+    drafted: list[int] = field(default_factory=list)  # the tokens, where there is copying, which goes by them
 
     @property
     def seq(self) -> Sequence:
@@ -73,9 +75,11 @@ class ModelDrafter:
         context_length: int,
         rules: Mapping[str, Rule],
         policy: DraftLengthPolicy,
+        copying: Copying | None = None,
     ):
         """`context_length`: positions that the model can hold. Behind them there are no rows, and no drafts."""
         self._model = model
+        self._copying = copying
         self._policy = policy
         self._reading_q = frozenset(name for name, rule in rules.items() if rule.needs_q)
         self._distributions = distributions
@@ -101,7 +105,8 @@ class ModelDrafter:
         """The scheduler moves the watermark back; nothing else is learnt."""
 
     def forget(self, seq: Sequence) -> None:
-        """Nothing is remembered."""
+        if self._copying is not None:
+            self._copying.forget(seq)
 
     # ------------------------------------------------------------------ catching up
     def _row_is_due(self, draft: _Draft) -> bool:
@@ -151,6 +156,8 @@ class ModelDrafter:
 
     def _store(self, table: _Table, drafts: list[_Draft], logits: Tensor) -> None:
         """Turn logits [N, V] into the next row q of each of N drafts."""
+        if self._copying is not None:
+            logits = self._copying.mixed(logits, [d.seq for d in drafts], [d.drafted for d in drafts])
         batch = RowBatch(
             seqs=tuple(d.seq for d in drafts),
             offsets=tuple(d.num_drafted for d in drafts),
@@ -177,6 +184,9 @@ class ModelDrafter:
         positions = torch.tensor([len(d.seq.tokens) + d.num_drafted for d in drafts], dtype=torch.long, device=device)
         drawn = draw(table.probs[at], uniforms(keys, positions, Purpose.DRAFT))
         table.ids[at] = drawn
+        if self._copying is not None:
+            for draft, token_id in zip(drafts, drawn.tolist(), strict=True):
+                draft.drafted.append(token_id)
         for draft in drafts:
             draft.num_drafted += 1
             draft.is_unsure = not self._policy.keep_going(draft.seq, draft.confidences[: draft.num_drafted])

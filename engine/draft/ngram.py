@@ -6,6 +6,7 @@ is proposed changes the speed and never the text.
 
 from __future__ import annotations
 
+from engine.draft.lookup import SuffixIndex
 from engine.plan import Chunk, DraftBatch, QKind, StepPlan, Verdict
 from engine.sequence import Sequence
 
@@ -32,7 +33,7 @@ class NGramDrafter(NoDrafter):
 
     def __init__(self, max_n: int = 3, min_n: int = 1):
         self._lengths = range(max_n, min_n - 1, -1)
-        self._indexes: dict[Sequence, _Index] = {}
+        self._indexes: dict[Sequence, SuffixIndex] = {}
 
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
         return batch_of(plan, [self._draft(chunk) for chunk in plan.completing])
@@ -43,36 +44,14 @@ class NGramDrafter(NoDrafter):
     def _draft(self, chunk: Chunk) -> list[int]:
         if not chunk.max_draft:
             return []
-        index = self._indexes.setdefault(chunk.seq, _Index(self._lengths))
-        index.extend(chunk.seq.tokens)
-        return index.continuation(chunk.seq.tokens, chunk.max_draft)
-
-
-class _Index:
-    """Where each run of n tokens was last followed by another token."""
-
-    def __init__(self, lengths: range):
-        self._lengths = lengths
-        self._num_indexed = 0  # positions whose token has been entered as a continuation
-        self._next: dict[tuple[int, ...], int] = {}
-
-    def extend(self, tokens: list[int]) -> None:
-        for position in range(max(1, self._num_indexed), len(tokens)):
-            for n in self._lengths:
-                if n <= position:
-                    self._next[tuple(tokens[position - n : position])] = position
-        self._num_indexed = len(tokens)
-
-    def continuation(self, tokens: list[int], num: int) -> list[int]:
-        """Up to `num` tokens. A continuation that reaches the end goes on into what it has drafted, so a period repeats."""
-        for n in self._lengths:
-            start = self._next.get(tuple(tokens[-n:])) if n <= len(tokens) else None
-            if start is not None:
-                drafts: list[int] = []
-                for position in range(start, start + num):
-                    drafts.append(tokens[position] if position < len(tokens) else drafts[position - len(tokens)])
-                return drafts
-        return []
+        tokens, drafts = chunk.seq.tokens, list[int]()
+        index = self._indexes.setdefault(chunk.seq, SuffixIndex(self._lengths))
+        index.extend(tokens)
+        if (start := index.follower(tokens)) is not None:
+            # a continuation that reaches the end goes on into what it has drafted, so a period repeats
+            for position in range(start, start + chunk.max_draft):
+                drafts.append(tokens[position] if position < len(tokens) else drafts[position - len(tokens)])
+        return drafts
 
 
 def batch_of(plan: StepPlan, drafts: list[list[int]]) -> DraftBatch:

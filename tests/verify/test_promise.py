@@ -38,6 +38,7 @@ SETUPS = {
     "model, short context": Setup(drafter="model", drafter_context=12),
     "model, lagging": Setup(drafter="model", max_drafter_tokens=3),
     "model, some tokens": Setup(drafter="model", drafted=tuple(range(0, 24, 2))),
+    "model, copying": Setup(drafter="model", doubt=0.5),
     "ngram": Setup(drafter="ngram"),
     "none": Setup(drafter="none"),
 }
@@ -53,7 +54,7 @@ CASES = [
 
 
 def drafter_of(setup: Setup) -> NaiveModel | None:
-    return naive_drafter(setup.drafter_context, setup.drafted) if setup.drafter == "model" else None
+    return naive_drafter(setup.drafter_context, setup.drafted, setup.doubt) if setup.drafter == "model" else None
 
 
 def promised(setup: Setup) -> list[Request]:
