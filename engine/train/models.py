@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.config import ModelSource
 from engine.errors import ConfigError, EngineError
 from engine.model.linear import LinearKind
-from engine.model.loader import quiet_transformers, require_supported
-from engine.model.source import first_line
+from engine.model.loader import load, quiet_transformers, require_supported
+from engine.model.source import first_line, resolve
 from engine.train.batches import Batch
 from engine.train.config import DrafterShape
 from engine.train.shards import Example
@@ -99,7 +101,10 @@ def new_drafter(shape: DrafterShape, target: Any, seed: int) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if shape.embedding == "target":
         _share_embedding(model, target)
-    elif shape.init.embedding == "target":
+    if shape.init.drafter is not None:
+        _take_weights(model, Path(shape.init.drafter))
+        return model
+    if shape.embedding == "own" and shape.init.embedding == "target":
         _take_embedding(model, target)
     for place, layer in enumerate(shape.init.from_target_layers):
         _take_layer(model, place, target, layer)
@@ -141,6 +146,21 @@ def _share_embedding(model: Any, target: Any) -> None:
     for ours, lent in ((model.model.embed_tokens, target.model.embed_tokens), (model.lm_head, target.lm_head)):
         ours.weight = nn.Parameter(lent.weight.detach().float().cpu(), requires_grad=False)
     model.tie_weights()  # one parameter again where they are one
+
+
+@torch.no_grad()
+def _take_weights(model: Any, folder: Path) -> None:
+    """The weights of an earlier drafter, as they were stored."""
+    earlier = load(resolve(ModelSource(source=str(folder))), torch.float32, torch.device("cpu")).state_dict()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name not in earlier or earlier[name].shape != parameter.shape:
+            has = f"{list(earlier[name].shape)}" if name in earlier else "none"
+            raise ConfigError(
+                f"drafter.init.drafter: {str(folder)!r} - has another shape: {name} is {list(parameter.shape)} here, there {has}"
+            )
+        parameter.copy_(earlier[name])
 
 
 @torch.no_grad()

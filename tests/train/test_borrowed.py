@@ -102,3 +102,16 @@ def test_another_width_is_refused(recipe: Recipe, shards: list[Path]) -> None:
     shape = CHANGES["drafter"] | {"hidden_size": 8, "init": {}}
     with pytest.raises(ConfigError, match=r"hidden_size: 8 - must be the target's 16"):
         distil(recipe(drafter=shape), MATERIAL, shards, "x", Watch())
+
+
+def test_a_drafter_is_trained_further(drafter: Path, recipe: Recipe, shards: list[Path]) -> None:
+    shape = CHANGES["drafter"] | {"init": {"drafter": str(drafter)}}
+    output = recipe().output
+    config = recipe(drafter=shape, training__folder=output + "-run", training__steps=1, training__learning_rate=1e-9, output=output + "-2")
+    again = distil(config, MATERIAL, shards, "x", Watch())
+    before, after = (load(folder, torch.float32, CPU).state_dict() for folder in (drafter, again))
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-7, msg=name)
+    wrong = recipe(drafter=shape | {"intermediate_size": 8}, training__folder=output + "-wrong", output=output + "-3")
+    with pytest.raises(ConfigError, match=r"init\.drafter: .* has another shape: .*gate_proj\.weight is \[8, 16\] here, there \[24, 16\]"):
+        distil(wrong, MATERIAL, shards, "x", Watch())
