@@ -9,16 +9,24 @@ can still grow, so length zero is a choice like any other. Sources: Liu et al., 
 Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection for Batch Speculative Decoding" (2025), whose order this
 is: survivals fall along a sequence, so the greedy choice is the best one of its size.
 
-The choice sees lengths, counts and times, never a drafted token: the law of the text does not depend on it.
+That is the most that may be drafted. What stands comes in runs, though: a name or a phrase that the drafter knows, then a word that it
+does not. So a drafter with probabilities is asked again behind every draft, and goes on only while the chance that all so far stand, by
+their confidences (calibration.py), times that of the next one is worth more than the next call and row cost at the present speed. This is
+the stopping rule of Huang et al., "SpecDec++" (2024), with a threshold that costs set and nobody has to.
+
+The choice sees lengths, counts, times and rows, never a drafted token: the law of the text does not depend on it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import prod
 from operator import mul
 
+from engine.draft.calibration import Calibration
 from engine.draft.costs import PassCosts
 from engine.draft.length import FixedLength
 from engine.plan import StepTiming
@@ -74,6 +82,9 @@ class AdaptiveLength(FixedLength):
         self._drafter = drafter
         self._shared: dict[int, _Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
         self._bucket = 0  # of the step that is being planned
+        self._least = 0.0  # chance of standing from which on one more draft pays in that step
+        self._calibrations = {is_greedy: Calibration() for is_greedy in (False, True)}
+        self.reads_confidence = drafter is not None
         self._histories: dict[Sequence, _History] = {}
 
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
@@ -81,6 +92,7 @@ class AdaptiveLength(FixedLength):
         survivals = [self._survivals(seq)[:limit] for seq, limit in zip(seqs, limits, strict=True)]
         slots = sorted(((-s, j, b) for b, row in enumerate(survivals) for j, s in enumerate(row)))[: max(0, budget)]
         num_taken = self._best(slots, len(seqs), self._max_step_tokens - budget, any(seq.needs_q for seq in seqs))
+        self._least = self._least_chance(slots[:num_taken], len(seqs), self._max_step_tokens - budget)
         lengths = [0] * len(seqs)
         for _, _, b in slots[:num_taken]:
             lengths[b] += 1
@@ -88,7 +100,14 @@ class AdaptiveLength(FixedLength):
             lengths[b] = 1
         return lengths
 
+    def keep_going(self, seq: Sequence, confidences: ListLike[float]) -> bool:
+        calibration = self._calibrations[seq.request.sampling.is_greedy]
+        chance = prod(map(calibration.rate, confidences))
+        next_rates = self._history(seq).rates.mixed_with(self._prior())
+        return chance * next_rates[min(len(confidences), len(next_rates) - 1)] >= self._least
+
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
+        self._calibrations[seq.request.sampling.is_greedy].observe(confidences, num_accepted)
         if num_draft:
             history = self._history(seq)
             history.rates.observe(num_draft, num_accepted, _MEMORY)
@@ -119,12 +138,25 @@ class AdaptiveLength(FixedLength):
                 best, best_rate = num, rate
         return best
 
+    def _least_chance(self, slots: list[tuple[float, int, int]], num_seqs: int, num_rows: int) -> float:
+        """What one more draft must promise, in tokens: its share of a call and its row, at the speed that these slots bring."""
+        num_drafting = len({b for _, _, b in slots})
+        if not num_drafting:
+            return 0.0
+        depths = Counter(depth for _, depth, _ in slots)
+        before = self._target.at(num_rows + len(slots))
+        seconds = before + sum(self._call(num) for num in depths.values())
+        speed = (num_seqs - sum(negative for negative, _, _ in slots)) / seconds
+        return speed * (self._call(num_drafting) / num_drafting + self._target.at(num_rows + len(slots) + 1) - before)
+
     def _call(self, rows: int) -> float:
         return 0.0 if self._drafter is None else self._drafter.at(rows)
 
     def _survivals(self, seq: Sequence) -> list[float]:
-        prior = self._of_all().mixed_with([_PRIOR_RATE] * self.max_length)
-        return list(accumulate(self._history(seq).rates.mixed_with(prior), mul))
+        return list(accumulate(self._history(seq).rates.mixed_with(self._prior()), mul))
+
+    def _prior(self) -> list[float]:
+        return self._of_all().mixed_with([_PRIOR_RATE] * self.max_length)
 
     def _probing(self, seqs: ListLike[Sequence], lengths: list[int], limits: ListLike[int]) -> list[int]:
         """Sequences that try one draft again after a while without: what they are about may have changed."""

@@ -144,6 +144,39 @@ def test_speed_comes_near_that_of_the_best_fixed_length(world: World) -> None:
     assert got > 0.97 * world.speed(0)
 
 
+@pytest.mark.parametrize("call", [0.05, 0.15])
+def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
+    """Rows are sure or unsure in runs, and say so: better than any fixed length, with confidences that are not chances."""
+    draw = random.Random(7)
+    state, states = True, list[bool]()
+    for _ in range(40_000):
+        state = state if draw.random() < 0.85 else not state
+        states.append(state)
+    stands = [draw.random() < (0.95 if state else 0.1) for state in states]
+    confidences = [0.6 if state else 0.3 for state in states]
+
+    def speed(policy: AdaptiveLength | None, fixed: int = 0) -> float:
+        (seq,), place, tokens, seconds = sequences(1), 0, 0, 0.0
+        while place < len(states) - 20:
+            limit = fixed if policy is None else policy.lengths([seq], [8], BUDGET - 1)[0]
+            num = 0
+            while num < limit:
+                num += 1
+                if policy is not None and not policy.keep_going(seq, confidences[place : place + num]):
+                    break
+            good = next((i for i in range(num) if not stands[place + i]), num)
+            target, drafter = 1 + 0.01 * num, call * num
+            if policy is not None:
+                policy.observe(seq, num, good, confidences[place : place + num])
+                policy.observe_step(StepTiming(1 + num, target, num, num, drafter))
+            place, tokens, seconds = place + good + 1, tokens + good + 1, seconds + target + drafter
+        return tokens / seconds
+
+    best = max(speed(None, fixed) for fixed in range(9))
+    got = speed(adaptive({1: 1.0, 8: 1.07}, {1: call}))
+    assert got > 1.03 * best, (got, best)
+
+
 def test_after_a_while_without_drafts_one_is_tried() -> None:
     policy, (seq,) = adaptive({1: 1.0, 2: 1.5, 8: 4.0}), sequences(1)
     teach(policy, seq, [(8, 0)] * 30)
