@@ -19,6 +19,7 @@ COPY server server
 COPY benchmarks benchmarks
 RUN pip install --editable .
 COPY configs configs
+COPY models models
 
 # /cache holds converted and fetched models: mount a volume to keep them.
 ENV CASCADE_HOST=0.0.0.0 CASCADE_PORT=8000 CASCADE_CACHE_DIR=/cache HF_HOME=/cache/hub

@@ -17,7 +17,8 @@ from benchmarks.turns import Comparison, Rows, Turns
 from engine.config import EngineConfig
 from engine.model.loader import resolve_device
 
-NO_DRAFTER: Mapping[str, Any] = {"model.drafter": {"kind": "none"}}
+EXACT: Mapping[str, Any] = {"speculation.rule": "exact", "speculation.alpha": None, "speculation.presets": {}}
+NO_DRAFTER: Mapping[str, Any] = {"model.drafter": {"kind": "none"}, **EXACT}  # no preset may read probabilities that are not there
 
 
 class BarSkipped(Exception):

@@ -15,22 +15,24 @@ from typing import Any
 from benchmarks.body import BodyMaker
 from benchmarks.client import PATHS, HttpTarget, base_url_of, open_client
 from benchmarks.load import Answer
-from benchmarks.measuring import NO_DRAFTER, BarSkipped, Measured, Setting, built_in, measured, median_of, spec_bench
+from benchmarks.measuring import EXACT, NO_DRAFTER, BarSkipped, Measured, Setting, built_in, measured, median_of, spec_bench
 from benchmarks.programs import EngineProgram, PromptEncoder, Run, engine_program
 from benchmarks.prompts import Prompt
 from benchmarks.served import ServedDeployment, serve
 from benchmarks.stats import Estimate, estimate_mean_per
 from benchmarks.turns import Comparison, Rows, Sides, compare, in_turns
 from engine.config import ModelDrafterConfig
+from engine.model.source import resolve
 from engine.plan import DraftBatch, Drafter, StepPlan, Verdict
 from engine.sequence import Sequence as EngineSequence
 
 CHAT = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 NUM_DRAFT = 5
 FIXED: Mapping[str, Any] = {"speculation.draft_length": {"policy": "fixed", "max": NUM_DRAFT}}
-EXACT: Mapping[str, Any] = {"speculation.rule": "exact", "speculation.alpha": None}
-TOKEN_V3: Mapping[str, Any] = {"speculation.rule": "token_v3", "speculation.alpha": None}
+TOKEN_V3: Mapping[str, Any] = {**EXACT, "speculation.rule": "token_v3"}
 Group = list[tuple[int, ...]]  # prompts that are asked together
+# drafts in every step, and reads confidences as the adaptive policy does, which costs something
+READING: Mapping[str, Any] = {"speculation.draft_length": {"policy": "confidence", "max": NUM_DRAFT, "threshold": 0.0}}
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # that the adaptive policy is compared with; 0 is no drafts at all
 
 
@@ -38,7 +40,7 @@ LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # that the adaptive policy is compared with;
 def drafter_step(setting: Setting, temperature: float) -> Measured:
     """Seconds of one drafted token, its drawing included, over those of a step of the target alone. One stream."""
     _require_model(setting)
-    drafting, plain = engine_program(setting.engine(FIXED, EXACT)), engine_program(setting.engine(NO_DRAFTER, EXACT))
+    drafting, plain = engine_program(setting.engine(EXACT, READING)), engine_program(setting.engine(NO_DRAFTER))
     watch, prompts, num_tokens = _Watch.of(drafting), built_in(setting.size(8, 2)), setting.size(96, 12)
     encoder = PromptEncoder(plain.info.target_path)
 
@@ -57,7 +59,7 @@ def drafter_step(setting: Setting, temperature: float) -> Measured:
 
 @dataclass
 class _Watch:
-    """A drafter in whose place it stands, and how long each of its drafts took, a full proposal at a time."""
+    """A drafter in whose place it stands, and how long its passes took, all else that a proposal costs included."""
 
     own: Drafter
     seconds: list[float] = field(default_factory=list)
@@ -72,8 +74,8 @@ class _Watch:
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
         start = time.perf_counter()
         drafts = self.own.propose(plan, budget)
-        if drafts.num_draft_tokens == NUM_DRAFT and drafts.num_rows <= NUM_DRAFT + 2:  # no prompt to catch up with
-            self.seconds.append((time.perf_counter() - start) / NUM_DRAFT)
+        if drafts.num_draft_tokens and drafts.num_rows <= drafts.num_passes + 1:  # no prompt to catch up with
+            self.seconds.append((time.perf_counter() - start) / drafts.num_passes)
         return drafts
 
     def observe(self, plan: StepPlan, verdict: Verdict) -> None:
@@ -106,14 +108,16 @@ def tokens_per_call(setting: Setting, change: Mapping[str, Any], categories: Seq
 # ---------------------------------------------------------------------- draft lengths
 def best_fixed(setting: Setting, num_streams: int) -> Measured:
     """Tokens a second of so many streams under the adaptive policy over those of the fixed length that is best for them, prompts cached."""
-    adaptive = engine_program(setting.engine(EXACT))
-    fixed = engine_program(setting.engine(EXACT, {"speculation.draft_length": {"policy": "fixed", "max": max(LENGTHS)}}))
+    adaptive, fixed = (
+        engine_program(setting.engine(EXACT, {"speculation.draft_length": {"policy": policy, "max": max(LENGTHS)}}))
+        for policy in ("adaptive", "fixed")
+    )
     make = _groups(num_streams, PromptEncoder(adaptive.info.target_path), built_in(24))
 
     def cached(i: int) -> Group:
         asked = make(i)
         for program in (adaptive, fixed):
-            program.answers(asked, 1)
+            program.warm(asked)
         return asked
 
     def side(program: EngineProgram, length: int | None) -> Callable[[Group], float]:
@@ -132,7 +136,7 @@ def never_slower(setting: Setting) -> Measured:
     kinds: dict[str, list[Prompt]] = {}
     for prompt in spec_bench(setting):
         kinds.setdefault("chat" if prompt.category in CHAT else str(prompt.category), []).append(prompt)
-    drafting, plain = engine_program(setting.engine(EXACT)), engine_program(setting.engine(NO_DRAFTER, EXACT))
+    drafting, plain = engine_program(setting.engine(EXACT)), engine_program(setting.engine(NO_DRAFTER))
     encoder, num_tokens = PromptEncoder(plain.info.target_path), setting.size(96, 8)
     found: dict[str, Comparison] = {}
     for kind, prompts in kinds.items():
@@ -168,7 +172,7 @@ def http(setting: Setting, speculation: Mapping[str, Any]) -> Measured:
     _require_model(setting)
     config = setting.engine()
     prompts = [prompt for prompt in spec_bench(setting) if prompt.category in CHAT][:: setting.size(2, 20)]
-    encoder, num_tokens = PromptEncoder(engine_program(setting.engine(NO_DRAFTER)).info.target_path), setting.size(128, 8)
+    encoder, num_tokens = PromptEncoder(resolve(config.model.target)), setting.size(128, 8)
     with serve(config) as served, asyncio.Runner() as runner:
 
         def asked(prompt: Prompt, extra: Mapping[str, Any]) -> Answer:

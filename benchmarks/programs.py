@@ -108,6 +108,14 @@ class EngineProgram:
         """As many streams as there are prompts, begun together. `max_draft` drafts at most at a time; 0 is the target alone."""
         return self._answers(prompts, num_tokens, stops, temperature, max_draft)
 
+    def warm(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Have the KV of prompts cached by target and drafter: a seed makes the drafter run them, too."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, is_seeded=True)
+        for ids in prompts:
+            self.core.add(Request(id=f"run-{next(self._ids)}", prompt_ids=tuple(ids), sampling=sampling, speculation=self._speculation))
+        while self.core.has_work:
+            self.core.step()
+
     def answers_again(self, prompts: Sequence[Sequence[int]], num_tokens: int, max_draft: int | None = None) -> list[Run]:
         """The same for prompts that this engine has seen: for comparing its own ways to answer, whose prompts all cost the same."""
         return self._answers(prompts, num_tokens, True, 0.0, max_draft, may_be_cached=True)

@@ -34,6 +34,7 @@ from engine.draft.model import ModelDrafter
 from engine.draft.ngram import NGramDrafter, NoDrafter
 from engine.errors import ConfigError
 from engine.kv.block_pool import BlockPool
+from engine.model.borrowed import lender_of
 from engine.model.draft_vocabulary import read_draft_ids
 from engine.model.linear import choose
 from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
@@ -127,6 +128,8 @@ def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | N
         _refuse_early(source)
     target_path = resolve(config.model.target, cache_dir, progress)
     drafter_path = resolve(drafter_source, cache_dir, progress) if drafter_source else None
+    if drafter_path is not None:
+        lender_of(read_config(drafter_path), drafter_path, cache_dir, progress)  # refused or fetched now rather than behind the target
     if drafter_source and drafter_path:  # before minutes are spent on weights
         check_pair(_pair_member(config.model.target, target_path), _pair_member(drafter_source, drafter_path))
     target = _load(config.model.target, target_path, config.engine, cache_dir, progress)

@@ -48,9 +48,9 @@ class Serving:
 
 
 def _held(part: object) -> str:
-    """How weights are held, where that is another way than their dtype says; a drafter without weights has none."""
-    quantization = getattr(part, "quantization", "none")
-    return "" if quantization == "none" else f"-{quantization}"
+    """How weights are held, where that is another way than their dtype says, and whether a drafter copies."""
+    quantization, copying = getattr(part, "quantization", "none"), getattr(part, "copying", None)
+    return ("" if quantization == "none" else f"-{quantization}") + (f"-copying{copying.doubt:g}" if copying else "")
 
 
 def _last_part(source: str) -> str:

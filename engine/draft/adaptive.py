@@ -83,16 +83,20 @@ class AdaptiveLength(FixedLength):
         self._shared: dict[int, _Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
         self._bucket = 0  # of the step that is being planned
         self._least = 0.0  # chance of standing from which on one more draft pays in that step
-        self._calibrations = {is_greedy: Calibration() for is_greedy in (False, True)}
+        self._priors = [_PRIOR_RATE] * max_length  # acceptance rates by position in that step, of a sequence of which nothing is known
+        self._calibrations: dict[tuple[bool, str], Calibration] = {}  # by whether a request is greedy, and by its rule
         self.reads_confidence = drafter is not None
         self._histories: dict[Sequence, _History] = {}
 
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
         self._bucket = min(_MAX_BATCH_BUCKET, len(seqs).bit_length())
+        self._priors = self._of_all().mixed_with([_PRIOR_RATE] * self.max_length)
         survivals = [self._survivals(seq)[:limit] for seq, limit in zip(seqs, limits, strict=True)]
         slots = sorted(((-s, j, b) for b, row in enumerate(survivals) for j, s in enumerate(row)))[: max(0, budget)]
-        num_taken = self._best(slots, len(seqs), self._max_step_tokens - budget, any(seq.needs_q for seq in seqs))
-        self._least = self._least_chance(slots[:num_taken], len(seqs), self._max_step_tokens - budget)
+        num_rows = self._max_step_tokens - budget
+        row_seconds = self._call(len(seqs)) if any(seq.needs_q for seq in seqs) else 0.0  # of rows that are due without any draft
+        num_taken = self._best(slots, len(seqs), num_rows, row_seconds)
+        self._least = self._least_chance(slots[:num_taken], len(seqs), num_rows, row_seconds)
         lengths = [0] * len(seqs)
         for _, _, b in slots[:num_taken]:
             lengths[b] += 1
@@ -101,14 +105,13 @@ class AdaptiveLength(FixedLength):
         return lengths
 
     def keep_going(self, seq: Sequence, confidences: ListLike[float]) -> bool:
-        calibration = self._calibrations[seq.request.sampling.is_greedy]
-        chance = prod(map(calibration.rate, confidences))
-        next_rates = self._history(seq).rates.mixed_with(self._prior())
-        return chance * next_rates[min(len(confidences), len(next_rates) - 1)] >= self._least
+        chance = prod(map(self._calibration(seq).rate, confidences))
+        rates = self._history(seq).rates.mixed_with(self._priors)
+        return chance * rates[min(len(confidences), len(rates) - 1)] >= self._least
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
-        self._calibrations[seq.request.sampling.is_greedy].observe(confidences, num_accepted)
         if num_draft:
+            self._calibration(seq).observe(confidences[:num_draft], num_accepted)
             history = self._history(seq)
             history.rates.observe(num_draft, num_accepted, _MEMORY)
             history.patience = _PROBES[0] if num_accepted else min(_PROBES[1], 2 * history.patience)
@@ -123,9 +126,9 @@ class AdaptiveLength(FixedLength):
     def forget(self, seq: Sequence) -> None:
         self._histories.pop(seq, None)
 
-    def _best(self, slots: list[tuple[float, int, int]], num_seqs: int, num_rows: int, has_row: bool) -> int:
-        """How many of the slots to take. `num_rows` run in any case; `has_row`: so does one call of the drafter."""
-        tokens, drafter_seconds = float(num_seqs), self._call(num_seqs) if has_row else 0.0
+    def _best(self, slots: list[tuple[float, int, int]], num_seqs: int, num_rows: int, drafter_seconds: float) -> int:
+        """How many of the slots to take. `num_rows` of the target and `drafter_seconds` are spent in any case."""
+        tokens = float(num_seqs)
         best, best_rate = 0, tokens / (self._target.at(num_rows) + drafter_seconds) if num_seqs else 0.0
         by_depth: dict[int, int] = {}
         for num, (negative, depth, _) in enumerate(slots, 1):
@@ -138,14 +141,14 @@ class AdaptiveLength(FixedLength):
                 best, best_rate = num, rate
         return best
 
-    def _least_chance(self, slots: list[tuple[float, int, int]], num_seqs: int, num_rows: int) -> float:
+    def _least_chance(self, slots: list[tuple[float, int, int]], num_seqs: int, num_rows: int, drafter_seconds: float) -> float:
         """What one more draft must promise, in tokens: its share of a call and its row, at the speed that these slots bring."""
         num_drafting = len({b for _, _, b in slots})
         if not num_drafting:
             return 0.0
         depths = Counter(depth for _, depth, _ in slots)
         before = self._target.at(num_rows + len(slots))
-        seconds = before + sum(self._call(num) for num in depths.values())
+        seconds = before + drafter_seconds + sum(self._call(num) for num in depths.values())
         speed = (num_seqs - sum(negative for negative, _, _ in slots)) / seconds
         return speed * (self._call(num_drafting) / num_drafting + self._target.at(num_rows + len(slots) + 1) - before)
 
@@ -153,10 +156,11 @@ class AdaptiveLength(FixedLength):
         return 0.0 if self._drafter is None else self._drafter.at(rows)
 
     def _survivals(self, seq: Sequence) -> list[float]:
-        return list(accumulate(self._history(seq).rates.mixed_with(self._prior()), mul))
+        return list(accumulate(self._history(seq).rates.mixed_with(self._priors), mul))
 
-    def _prior(self) -> list[float]:
-        return self._of_all().mixed_with([_PRIOR_RATE] * self.max_length)
+    def _calibration(self, seq: Sequence) -> Calibration:
+        key = seq.request.sampling.is_greedy, seq.request.speculation.rule
+        return self._calibrations.setdefault(key, Calibration())
 
     def _probing(self, seqs: ListLike[Sequence], lengths: list[int], limits: ListLike[int]) -> list[int]:
         """Sequences that try one draft again after a while without: what they are about may have changed."""

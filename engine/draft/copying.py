@@ -34,7 +34,8 @@ class Copying:
         self._indexes: dict[Sequence, SuffixIndex] = {}
 
     def mixed(self, logits: Tensor, seqs: ListLike[Sequence], drafts: ListLike[ListLike[int]]) -> Tensor:
-        """Logits [N, V] of the rows behind N sequences and the drafts of each, changed in place."""
+        """Logits [N, V] of the rows behind N sequences and the drafts of each; changed in place where they are float32 or wider."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         found = [(row, *copy) for row, (seq, ids) in enumerate(zip(seqs, drafts, strict=True)) if (copy := self._copy(seq, ids))]
         if found:
             rows, tokens, odds = zip(*found, strict=True)

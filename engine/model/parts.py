@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, cat
 
@@ -45,15 +45,17 @@ def write_weights(folder: Path, state: Mapping[str, Tensor], max_file_size: int)
     (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The whole state dict of a folder, in however many files. Raises SourceError."""
+def read_weights(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The state dict of a folder, or those `names` of it that are there: nothing else is read. Raises SourceError."""
     try:
-        if (joined := joined_weights(path)) is not None:
-            return joined
         files = [WEIGHTS_FILE]
         if (path / WEIGHTS_INDEX).is_file():
             files = sorted(set(json.loads((path / WEIGHTS_INDEX).read_text("utf-8"))["weight_map"].values()))
-        return {name: weight for file in files for name, weight in load_file(path / file).items()}
+        found: dict[str, Tensor] = {}
+        for file in files:
+            with safe_open(path / file, framework="pt") as stored:
+                found |= {name: stored.get_tensor(name) for name in stored.keys() if names is None or _whole(name) in names}  # noqa: SIM118
+        return _joined(found, path)
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise SourceError(f"The weights in {path} cannot be loaded: {first_line(error)}") from error
 
@@ -70,6 +72,17 @@ def joined_weights(path: Path) -> dict[str, Tensor] | None:
         stored = {name: weight for file in sorted(set(weight_map.values())) for name, weight in load_file(path / file).items()}
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise SourceError(f"The weights in {path} cannot be loaded: {first_line(error)}") from error
+    return _joined(stored, path)
+
+
+def _whole(name: str) -> str:
+    """The tensor that a stored one is a part of, or is."""
+    block = _BLOCK.fullmatch(name)
+    return block["name"] if block else name
+
+
+def _joined(stored: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """A state dict with its blocks put together."""
     blocks: dict[str, dict[int, Tensor]] = {}
     for name in [name for name in stored if _BLOCK.fullmatch(name)]:
         found = _BLOCK.fullmatch(name)

@@ -115,7 +115,11 @@ def card(student: Student, history: History) -> str:
         ("shape", f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads; drafts {drafted}"),
         ("parameters", f"{num_parameters:,}, stored as {shape.dtype}{also}"),
         ("data", f"{history.num_data_tokens:,} tokens of {history.num_examples:,} answers, written by the target, seed {data.seed}"),
-        ("training", f"{position.step:,} steps, {position.tokens:,} tokens (repeats included), loss {training.loss}, seed {training.seed}"),
+        (
+            "training",
+            f"{position.step:,} steps, {position.tokens:,} tokens (repeats included), loss {training.loss}, products of both models in "
+            f"{training.precision}, seed {training.seed}",
+        ),
         ("time", f"{position.seconds / 3600:.1f} hours of training"),
         ("made by", f"`{history.command}`, {', '.join(f'{name} {version}' for name, version in history.versions.items())}"),
         ("licence", config.licence),
@@ -127,7 +131,8 @@ def card(student: Student, history: History) -> str:
         "",
         f"# {Path(config.output).name}",
         "",
-        "A drafter for speculative decoding: it writes ahead, its target checks. Alone it is not a useful model.",
+        "A drafter for speculative decoding: it writes ahead, its target checks. Alone it is not a useful model."
+        + (" Cascade Serve loads it; other programs do not find its embedding." if shape.embedding == "target" else ""),
         "",
         "| | |",
         "| --- | --- |",

@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.config import ModelSource
 from engine.errors import ConfigError, EngineError
 from engine.model.linear import LinearKind
 from engine.model.loader import load, quiet_transformers, require_supported
-from engine.model.source import first_line, resolve
+from engine.model.source import first_line
 from engine.train.batches import Batch
 from engine.train.config import DrafterShape
 from engine.train.shards import Example
+
+# entries of a config that decide what weights mean, where they have the same names and shapes
+_SHAPE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "tie_word_embeddings", "rope_parameters",
+)  # fmt: skip
 
 
 class Teacher(Protocol):
@@ -130,6 +135,8 @@ def drafter_config(shape: DrafterShape, target: Any) -> Any:
     try:
         config = AutoConfig.for_model(shape.model_type, **(entries | shape.options), attn_implementation="sdpa")
         config.architectures = None
+        if shape.embedding == "target" and shape.hidden_size != target.hidden_size:
+            raise ConfigError(f"drafter.hidden_size: {shape.hidden_size} - must be the target's {target.hidden_size} to take its embedding")
         require_supported(config, "drafter")
     except EngineError:
         raise
@@ -140,9 +147,6 @@ def drafter_config(shape: DrafterShape, target: Any) -> Any:
 
 def _share_embedding(model: Any, target: Any) -> None:
     """The target's embedding and head as they are; no gradient reaches them."""
-    own, theirs = model.model.embed_tokens.weight.shape[-1], target.model.embed_tokens.weight.shape[-1]
-    if own != theirs:
-        raise ConfigError(f"drafter.hidden_size: {own} - must be the target's {theirs} where its embedding is taken")
     for ours, lent in ((model.model.embed_tokens, target.model.embed_tokens), (model.lm_head, target.lm_head)):
         ours.weight = nn.Parameter(lent.weight.detach().float().cpu(), requires_grad=False)
     model.tie_weights()  # one parameter again where they are one
@@ -150,17 +154,16 @@ def _share_embedding(model: Any, target: Any) -> None:
 
 @torch.no_grad()
 def _take_weights(model: Any, folder: Path) -> None:
-    """The weights of an earlier drafter, as they were stored."""
-    earlier = load(resolve(ModelSource(source=str(folder))), torch.float32, torch.device("cpu")).state_dict()
+    """The weights of an earlier drafter, as they were stored. Raises ConfigError for one of another shape."""
+    earlier = load(folder, torch.float32, torch.device("cpu"))
+    for entry in _SHAPE:
+        ours, theirs = getattr(model.config, entry, None), getattr(earlier.config, entry, None)
+        if ours != theirs:
+            raise ConfigError(f"drafter.init.drafter: {str(folder)!r} - has another shape: {entry} is {ours!r} here, there {theirs!r}")
+    weights = earlier.state_dict()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name not in earlier or earlier[name].shape != parameter.shape:
-            has = f"{list(earlier[name].shape)}" if name in earlier else "none"
-            raise ConfigError(
-                f"drafter.init.drafter: {str(folder)!r} - has another shape: {name} is {list(parameter.shape)} here, there {has}"
-            )
-        parameter.copy_(earlier[name])
+        if parameter.requires_grad:
+            parameter.copy_(weights[name])
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from engine.errors import ConfigError
 from engine.model.linear import choose
 from engine.model.loader import end_token_ids, load, read_config, resolve_device, resolve_dtype
-from engine.model.source import Progress, resolve, silent
+from engine.model.source import CONFIG_FILE, Progress, resolve, silent
 from engine.train.checkpoint import RunFolder
 from engine.train.config import DistilConfig
 from engine.train.data import Made, Material, data_engine, difference, make_shards, recipe_of
@@ -40,6 +40,8 @@ def target_folder(config: DistilConfig, watch: Watch) -> Path:
     folder = resolve(config.target, progress=watch.say)
     require_replaceable(Path(config.output))
     drafter_config(config.drafter, read_config(folder))
+    if (earlier := config.drafter.init.drafter) is not None and not (Path(earlier) / CONFIG_FILE).is_file():
+        raise ConfigError(f"drafter.init.drafter: {earlier!r} - is no folder of a model")
     resolve_device(config.device)
     return folder
 

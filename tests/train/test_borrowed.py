@@ -14,10 +14,11 @@ from engine.api import Engine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, SourceError
 from engine.model.borrowed import ENTRY, NAMES
+from engine.model.draft_vocabulary import read_draft_ids
 from engine.model.loader import load
 from engine.model.source import CONFIG_FILE
 from engine.request import SamplingParams
-from engine.train.run import Watch, distil
+from engine.train.run import Watch, distil, target_folder
 from tests.train.conftest import MATERIAL, Recipe
 from tests.train.test_distil import lines, train, weights
 
@@ -64,7 +65,7 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(recipe: Recipe, shards: list[P
 
 
 def test_it_drafts_and_answers_alone(drafter: Path, target: Path) -> None:
-    """Alone it gives what its own forward gives; in a pair the target's text stays the target's."""
+    """Alone it writes what its own forward says; in a pair the target's text stays the target's, and few drafts stand."""
 
     def engine(source: Path, helper: Path | None) -> Engine:
         pair = {"name": "tiny", "target": {"source": str(source), "dtype": "float64"}}
@@ -79,7 +80,13 @@ def test_it_drafts_and_answers_alone(drafter: Path, target: Path) -> None:
         return [tuple(answer.token_ids) for answer in answers]
 
     assert greedy(target, drafter) == greedy(target)
-    assert greedy(drafter) != greedy(target)
+    naive, ids = load(drafter, torch.float64, CPU), read_draft_ids(drafter, 304)
+    assert ids is not None
+    for i, answer in enumerate(greedy(drafter)):
+        text = [1, 20, 21, 40 + i]
+        for token_id in answer:
+            assert token_id == ids[naive(torch.tensor([text])).logits[0, -1, ids].argmax()]
+            text.append(token_id)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +105,11 @@ def test_an_embedding_that_cannot_be_had_is_said(entry: Any, message: str, draft
         load(drafter, torch.float32, CPU)
 
 
-def test_another_width_is_refused(recipe: Recipe, shards: list[Path]) -> None:
+def test_another_width_is_refused(recipe: Recipe) -> None:
+    """Before any data is made."""
     shape = CHANGES["drafter"] | {"hidden_size": 8, "init": {}}
     with pytest.raises(ConfigError, match=r"hidden_size: 8 - must be the target's 16"):
-        distil(recipe(drafter=shape), MATERIAL, shards, "x", Watch())
+        target_folder(recipe(drafter=shape), Watch())
 
 
 def test_a_drafter_is_trained_further(drafter: Path, recipe: Recipe, shards: list[Path]) -> None:
@@ -113,5 +121,8 @@ def test_a_drafter_is_trained_further(drafter: Path, recipe: Recipe, shards: lis
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-7, msg=name)
     wrong = recipe(drafter=shape | {"intermediate_size": 8}, training__folder=output + "-wrong", output=output + "-3")
-    with pytest.raises(ConfigError, match=r"init\.drafter: .* has another shape: .*gate_proj\.weight is \[8, 16\] here, there \[24, 16\]"):
+    with pytest.raises(ConfigError, match=r"init\.drafter: .* has another shape: intermediate_size is 8 here, there 24"):
         distil(wrong, MATERIAL, shards, "x", Watch())
+    absent = recipe(drafter=shape | {"init": {"drafter": "runs/absent"}})
+    with pytest.raises(ConfigError, match=r"init\.drafter: 'runs/absent' - is no folder of a model"):
+        target_folder(absent, Watch())

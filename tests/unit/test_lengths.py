@@ -6,13 +6,15 @@ import itertools
 import random
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from engine.draft.adaptive import AdaptiveLength
+from engine.draft.calibration import Calibration
 from engine.draft.confidence import ConfidenceLength, best_threshold
 from engine.draft.costs import ROWS, PassCosts
 from engine.plan import StepTiming
-from engine.request import Choice
+from engine.request import Choice, SamplingParams
 from engine.sequence import Sequence
 from tests.unit.factories import make_request
 
@@ -233,3 +235,23 @@ def test_the_threshold_learns() -> None:
         policy.observe(seq, 3, 2, (0.9, 0.8, 0.5))
     assert policy.threshold == 0.8
     assert not policy.keep_going(seq, [0.9, 0.7])
+
+
+def test_drafts_behind_the_end_of_an_answer_say_nothing_of_confidence() -> None:
+    calibration, (seq,) = adaptive(FLAT, {1: 0.1}), sequences(1)
+    calibration.observe(seq, 2, 2, (0.95, 0.95, 0.15, 0.15))
+    fresh = Calibration()
+    assert calibration._calibration(seq).rate(0.15) == fresh.rate(0.15)
+    assert calibration._calibration(seq).rate(0.95) > fresh.rate(0.95)
+
+
+def test_a_row_that_is_due_anyway_counts_as_spent() -> None:
+    """Of a request with a seed, whose drafter runs without drafts, too: the present speed is lower, and a draft is worth more."""
+    least = []
+    for is_seeded in (False, True):
+        policy = adaptive(FLAT, {1: 0.3})
+        sampling = SamplingParams(max_tokens=9, is_seeded=is_seeded)
+        seq = Sequence(msgspec.structs.replace(make_request(), sampling=sampling), Choice())
+        chosen(policy, [seq])
+        least.append(policy._least)
+    assert least[0] > least[1] > 0
