@@ -57,9 +57,10 @@ class _Draft:
 
 @dataclass(slots=True)
 class _Table:
-    """The batch that is being filled: ids [B, K], rows [B, K + 1, V]."""
+    """The batch that is being filled: ids and the numbers that they are drawn with [B, K], rows [B, K + 1, V]."""
 
     drafts: list[_Draft]  # those that emit
+    numbers: Tensor
     ids: Tensor
     probs: Tensor
     logits: Tensor | None  # what a rule reads; None where none of the batch does
@@ -147,8 +148,11 @@ class ModelDrafter:
         device, vocab = self._model.stack.device, self._model.vocab_size
         dtype = torch.promote_types(self._model.stack.dtype, torch.float32)
         shape = (len(emitting), longest + 1, vocab)
+        keys = torch.tensor([[d.seq.key] for d in emitting], dtype=torch.long, device=device).view(-1, 1)
+        first = torch.tensor([[len(d.seq.tokens)] for d in emitting], dtype=torch.long, device=device).view(-1, 1)
         return _Table(
             drafts=emitting,
+            numbers=uniforms(keys, first + torch.arange(longest, device=device), Purpose.DRAFT),
             ids=torch.zeros(len(emitting), longest, dtype=torch.long, device=device),
             probs=torch.zeros(shape, dtype=dtype, device=device),
             logits=torch.zeros(shape, dtype=dtype, device=device) if is_read else None,
@@ -178,11 +182,8 @@ class ModelDrafter:
 
     def _extend(self, table: _Table, drafts: list[_Draft]) -> int:
         """Draw one more token for each, and run those behind which a row is wanted. Returns the tokens run or drawn."""
-        device = table.ids.device
-        at = [d.row for d in drafts], [d.num_drafted for d in drafts]
-        keys = torch.tensor([d.seq.key for d in drafts], dtype=torch.long, device=device)
-        positions = torch.tensor([len(d.seq.tokens) + d.num_drafted for d in drafts], dtype=torch.long, device=device)
-        drawn = draw(table.probs[at], uniforms(keys, positions, Purpose.DRAFT))
+        at = tuple(torch.tensor([[d.row, d.num_drafted] for d in drafts], device=table.ids.device).unbind(-1))
+        drawn = draw(table.probs[at], table.numbers[at])
         table.ids[at] = drawn
         if self._copying is not None:
             for draft, token_id in zip(drafts, drawn.tolist(), strict=True):

@@ -42,7 +42,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniforms(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
-    """Uniform numbers in [0, 1), float64 [N], for int64 keys [N] and positions [N]. Every float64 is a multiple of 2^-53."""
+    """Uniform numbers in [0, 1), float64, for int64 keys and positions, broadcast together. Every float64 is a multiple of 2^-53."""
     counter = positions * 4 + int(purpose)
     bits = _mix(keys ^ _mix(counter * _GAMMA + _GAMMA))
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53

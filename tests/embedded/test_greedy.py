@@ -12,15 +12,17 @@ import pytest
 import torch
 from pydantic import ByteSize
 
-from engine.build import Member, assemble
+from engine.build import Member, assemble, build
 from engine.config import DrafterConfig, EngineConfig, ModelDrafterConfig, ModelPair, NGramDrafterConfig, NoDrafterConfig, RuntimeConfig
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, SpeculationParams
+from server.settings import load
 from server.text import TextTokenizer
 from tests.embedded.conftest import SOURCE
 from tests.tiny import drive
 
 pytestmark = [pytest.mark.embedded, pytest.mark.timeout(600)]
 
+DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
 PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "spec_bench_dev.jsonl"
 NUM_PROMPTS, NUM_TOKENS, LONGEST = 20, 32, 300
 DRAFTERS: dict[str, DrafterConfig] = {
@@ -84,3 +86,28 @@ def test_text_is_that_of_transformers(
     if drafter != "none":
         assert sum(r.num_accepted for r in outcome.rounds) > 0
         assert any(r.num_accepted < r.num_draft for r in outcome.rounds)
+
+
+@pytest.mark.parametrize("rule", ["exact", "token_v3"])
+def test_the_drafter_that_is_shipped_drafts(rule: str, prompts: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> None:
+    """The default deployment's pair: exact gives transformers' text, a rule that keeps more another one, and both accept a fair part."""
+    deployment = load(DEFAULT, {}).engine_part
+    engine = RuntimeConfig(device="cpu", kv_cache=ByteSize(1 << 29), max_step_tokens=128, max_sequences=8)
+    core = build(deployment.model_copy(update={"engine": engine}))
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, stop_token_ids=(2,))
+    speculation = SpeculationParams(rule=rule, alpha=0.0 if rule == "exact" else 0.5)
+    requests = [Request(id=str(i), prompt_ids=ids, sampling=sampling, speculation=speculation) for i, ids in enumerate(prompts)]
+    outcome = drive(core, requests)
+    texts = [outcome.tokens[str(i), 0] for i in range(len(prompts))]
+    assert (texts == expected) == (rule == "exact")
+    assert sum(r.num_accepted for r in outcome.rounds) > 0.2 * sum(r.num_draft for r in outcome.rounds) > 0
+
+
+def test_the_drafter_that_is_shipped_is_small_and_has_a_card() -> None:
+    folder = DEFAULT.parents[1] / "models" / "smollm2-135m-drafter"
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert max(sizes) <= 15 << 20
+    assert sum(sizes) <= 40 << 20
+    card = (folder / "README.md").read_text("utf-8")
+    for part in ("license: apache-2.0", "temperature 0", "What a draft costs"):
+        assert part in card

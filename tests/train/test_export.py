@@ -31,6 +31,8 @@ def test_an_exported_drafter_drafts(dtype: str, recipe: Recipe, shards: list[Pat
     card = (output / "README.md").read_text("utf-8")
     assert "cascade train distil some.yaml" in card
     assert "| self |" in card
+    assert "## How it got there" in card
+    assert "| drafter, quantization none | " in card
     assert str(target.parent) not in card
     pair = {
         "model": {
