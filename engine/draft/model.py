@@ -177,7 +177,7 @@ class ModelDrafter:
             draft.num_rows += 1
         if self._policy.reads_confidence and rows.logits is not None:
             # at temperature 1: a greedy row is always sure of itself
-            for draft, confidence in zip(drafts, (rows.logits.amax(-1) - rows.logits.logsumexp(-1)).exp().tolist(), strict=True):
+            for draft, confidence in zip(drafts, rows.logits.softmax(-1).amax(-1).tolist(), strict=True):
                 draft.confidences.append(confidence)
 
     def _extend(self, table: _Table, drafts: list[_Draft]) -> int:

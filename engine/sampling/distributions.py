@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.plan import LogitsProcessor, RowBatch, Rows
 from engine.request import SamplingParams
+from engine.sampling.draws import favourites
 
 # top-p looks at this many tokens first: a full sort of 49,152 costs ten times as much, and few rows need it
 _NUM_TOP = 1024
@@ -53,7 +54,7 @@ def probabilities(logits: Tensor, params: ListLike[SamplingParams]) -> Tensor:
 
 
 def _one_hot(logits: Tensor) -> Tensor:
-    return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return torch.zeros_like(logits).scatter_(-1, favourites(logits), 1.0)
 
 
 def _truncated(probs: Tensor, params: ListLike[SamplingParams]) -> Tensor:

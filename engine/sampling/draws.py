@@ -59,17 +59,37 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     always has a positive weight, except in a row without any, which gives some token.
     """
     vocab = weights.shape[-1]
-    padding = -vocab % _BLOCK
-    padded = torch.nn.functional.pad(weights, (0, padding)) if padding else weights
-    blocked = padded.reshape(weights.shape[0], -1, _BLOCK)
+    blocked = _blocks(weights, 0.0)
     sums = blocked.sum(-1, dtype=torch.float64)
     cdf = sums.cumsum(-1)
     goal = u.unsqueeze(-1) * cdf[:, -1:]
     block = _first_above(cdf, goal)
     rest = goal - (cdf.gather(-1, block) - sums.gather(-1, block))
-    inside = blocked.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1)
+    inside = _of_block(blocked, block)
     token = block * _BLOCK + _first_above(inside.cumsum(-1, dtype=torch.float64), rest.clamp(min=0))
     return token.squeeze(-1).clamp(max=vocab - 1)
+
+
+def favourites(weights: Tensor) -> Tensor:
+    """The token of the largest weight [N, 1] in each row of [N, V], the first of equal ones.
+
+    In two levels, too: torch's argmax over a vocabulary takes five times as long at 6 rows on a CPU, and thirteen times at 32.
+    """
+    blocked = _blocks(weights, -torch.inf)
+    block = blocked.amax(-1).argmax(-1, keepdim=True)
+    return block * _BLOCK + _of_block(blocked, block).argmax(-1, keepdim=True)
+
+
+def _blocks(weights: Tensor, filler: float) -> Tensor:
+    """[N, V] as [N, ceil(V / block), block]."""
+    padding = -weights.shape[-1] % _BLOCK
+    padded = torch.nn.functional.pad(weights, (0, padding), value=filler) if padding else weights
+    return padded.reshape(weights.shape[0], padded.shape[-1] // _BLOCK, _BLOCK)
+
+
+def _of_block(blocked: Tensor, block: Tensor) -> Tensor:
+    """[N, block], the block `block` [N, 1] of each row."""
+    return blocked.gather(1, block.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1)
 
 
 def _first_above(cdf: Tensor, goal: Tensor) -> Tensor:

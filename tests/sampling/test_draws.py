@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from engine.sampling.draws import Purpose, draw, uniforms
+from engine.sampling.draws import Purpose, draw, favourites, uniforms
 from engine.sequence import choice_key
 from tests.reference import uniform
 
@@ -71,3 +71,12 @@ def test_draw_has_the_law_of_its_weights() -> None:
 def test_a_row_without_weight_gives_a_token_and_no_error(bad: float) -> None:
     """Rows that are computed beside the wanted ones, and thrown away, may hold anything."""
     assert 0 <= draw(torch.full((1, 7), bad), torch.tensor([0.5], dtype=torch.float64)).item() < 7
+
+
+@pytest.mark.parametrize("vocab", [1, 24, 128, 130, 1000])
+def test_favourites_are_the_first_of_the_largest(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    weights = torch.randint(0, 5, (200, vocab), generator=generator).double().log()  # ties, and absent tokens
+    weights[0] = -torch.inf
+    assert favourites(weights).tolist() == weights.argmax(-1, keepdim=True).tolist()
+    assert favourites(weights[:0]).shape == (0, 1)
