@@ -9,10 +9,10 @@ can still grow, so length zero is a choice like any other. Sources: Liu et al., 
 Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection for Batch Speculative Decoding" (2025), whose order this
 is: survivals fall along a sequence, so the greedy choice is the best one of its size.
 
-That is the most that may be drafted. What stands comes in runs, though: a name or a phrase that the drafter knows, then a word that it
-does not. So a drafter with probabilities is asked again behind every draft, and goes on only while the chance that all so far stand, by
-their confidences (calibration.py), times that of the next one is worth more than the next call and row cost at the present speed. This is
-the stopping rule of Huang et al., "SpecDec++" (2024), with a threshold that costs set and nobody has to.
+For drafts that are looked up this is how many are made. What a model drafts stands in runs: a name or a phrase that it knows, then a word
+that it does not. So who drafts at all may draft up to the maximum, and is asked again behind every draft: it goes on while further ones
+would raise expected tokens a second, given how likely those so far are to stand by their confidences (calibration.py). The idea of asking
+is that of Huang et al., "SpecDec++" (2024); here costs set the threshold, and nobody has to.
 
 The choice sees lengths, counts, times and rows, never a drafted token: the law of the text does not depend on it.
 """
@@ -23,12 +23,11 @@ from collections import Counter
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from itertools import accumulate
-from math import prod
 from operator import mul
 
 from engine.draft.calibration import Calibration
 from engine.draft.costs import PassCosts
-from engine.draft.length import FixedLength
+from engine.draft.length import FixedLength, share_budget
 from engine.plan import StepTiming
 from engine.sequence import Sequence
 
@@ -56,6 +55,11 @@ class _Rates:
             self.verified[position] = memory * self.verified[position] + 1
             self.accepted[position] = memory * self.accepted[position] + (position < num_accepted)
 
+    def fade(self, memory: float) -> None:
+        """Forget a little, as a round does."""
+        self.verified = [memory * count for count in self.verified]
+        self.accepted = [memory * count for count in self.accepted]
+
     def mixed_with(self, prior: ListLike[float]) -> list[float]:
         """Rates that begin as the prior and become what was seen."""
         seen = zip(prior, self.accepted, self.verified, strict=True)
@@ -71,6 +75,17 @@ class _History:
     patience: int = field(default=_PROBES[0])  # idle rounds until a draft is tried again
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a step was expected to bring when its lengths were chosen."""
+
+    tokens: float = 0.0  # of all sequences
+    num_rows: int = 0  # of the target
+    drafter_seconds: float = 0.0
+    call_seconds: float = 0.0  # a sequence's share of one call of the drafter
+    own: dict[Sequence, tuple[int, float]] = field(default_factory=dict)  # drafts, and how many are expected to stand, of each sequence
+
+
 class AdaptiveLength(FixedLength):
     """Chooses lengths by expected tokens a second."""
 
@@ -82,7 +97,7 @@ class AdaptiveLength(FixedLength):
         self._drafter = drafter
         self._shared: dict[int, _Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
         self._bucket = 0  # of the step that is being planned
-        self._least = 0.0  # chance of standing from which on one more draft pays in that step
+        self._plan = _Plan()
         self._priors = [_PRIOR_RATE] * max_length  # acceptance rates by position in that step, of a sequence of which nothing is known
         self._calibrations: dict[tuple[bool, str], Calibration] = {}  # by whether a request is greedy, and by its rule
         self.reads_confidence = drafter is not None
@@ -96,18 +111,33 @@ class AdaptiveLength(FixedLength):
         num_rows = self._max_step_tokens - budget
         row_seconds = self._call(len(seqs)) if any(seq.needs_q for seq in seqs) else 0.0  # of rows that are due without any draft
         num_taken = self._best(slots, len(seqs), num_rows, row_seconds)
-        self._least = self._least_chance(slots[:num_taken], len(seqs), num_rows, row_seconds)
+        self._plan = self._planned(slots[:num_taken], seqs, num_rows, row_seconds)
         lengths = [0] * len(seqs)
         for _, _, b in slots[:num_taken]:
             lengths[b] += 1
-        for b in self._probing(seqs, lengths, limits)[: max(0, budget - num_taken)]:
+        probing = self._probing(seqs, lengths, limits)
+        if self.reads_confidence:  # who drafts at all may follow a run to its end
+            most = [min(self.max_length, limit) if length else 0 for length, limit in zip(lengths, limits, strict=True)]
+            lengths = share_budget(most, budget)
+        for b in probing[: max(0, budget - sum(lengths))]:
             lengths[b] = 1
         return lengths
 
     def keep_going(self, seq: Sequence, confidences: ListLike[float]) -> bool:
-        chance = prod(map(self._calibration(seq).rate, confidences))
-        rates = self._history(seq).rates.mixed_with(self._priors)
-        return chance * rates[min(len(confidences), len(rates) - 1)] >= self._least
+        """Whether some further drafts would raise expected tokens a second, all other sequences doing what was planned."""
+        calibration, plan = self._calibration(seq), self._plan
+        survival, stand = 1.0, 0.0
+        for confidence in confidences:
+            survival *= calibration.rate(confidence)
+            stand += survival
+        num = len(confidences)
+        now = self._rate_with(plan, seq, num, stand)
+        while num < self.max_length:
+            num, survival = num + 1, survival * calibration.mean_rate
+            stand += survival
+            if self._rate_with(plan, seq, num, stand) > now:
+                return True
+        return False
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         if num_draft:
@@ -141,16 +171,25 @@ class AdaptiveLength(FixedLength):
                 best, best_rate = num, rate
         return best
 
-    def _least_chance(self, slots: list[tuple[float, int, int]], num_seqs: int, num_rows: int, drafter_seconds: float) -> float:
-        """What one more draft must promise, in tokens: its share of a call and its row, at the speed that these slots bring."""
-        num_drafting = len({b for _, _, b in slots})
-        if not num_drafting:
-            return 0.0
-        depths = Counter(depth for _, depth, _ in slots)
-        before = self._target.at(num_rows + len(slots))
-        seconds = before + drafter_seconds + sum(self._call(num) for num in depths.values())
-        speed = (num_seqs - sum(negative for negative, _, _ in slots)) / seconds
-        return speed * (self._call(num_drafting) / num_drafting + self._target.at(num_rows + len(slots) + 1) - before)
+    def _planned(self, slots: list[tuple[float, int, int]], seqs: ListLike[Sequence], num_rows: int, drafter_seconds: float) -> _Plan:
+        """What the step is expected to bring and to cost with these slots."""
+        depths, own = Counter(depth for _, depth, _ in slots), dict[Sequence, tuple[int, float]]()
+        for negative, _, b in slots:
+            num, tokens = own.get(seqs[b], (0, 0.0))
+            own[seqs[b]] = num + 1, tokens - negative
+        return _Plan(
+            tokens=len(seqs) - sum(negative for negative, _, _ in slots),
+            num_rows=num_rows + len(slots),
+            drafter_seconds=drafter_seconds + sum(self._call(num) for num in depths.values()),
+            call_seconds=self._call(len(own)) / len(own) if own else 0.0,
+            own=own,
+        )
+
+    def _rate_with(self, plan: _Plan, seq: Sequence, num_drafts: int, stand: float) -> float:
+        """Tokens a second if the sequence has so many drafts, of which `stand` are expected to."""
+        num_planned, tokens_planned = plan.own.get(seq, (0, 0.0))
+        seconds = self._target.at(plan.num_rows + num_drafts - num_planned) + plan.drafter_seconds
+        return (plan.tokens + stand - tokens_planned) / (seconds + (num_drafts - num_planned) * plan.call_seconds)
 
     def _call(self, rows: int) -> float:
         return 0.0 if self._drafter is None else self._drafter.at(rows)
@@ -168,6 +207,8 @@ class AdaptiveLength(FixedLength):
         for b, seq in enumerate(seqs):
             history = self._history(seq)
             history.idle_rounds = 0 if lengths[b] else history.idle_rounds + 1
+            if history.idle_rounds:
+                history.rates.fade(_MEMORY)  # else a sequence would stay idle for what it was like long ago
             if limits[b] and history.idle_rounds > history.patience:
                 history.idle_rounds = 0
                 due.append(b)

@@ -25,6 +25,11 @@ class Calibration:
         i = _bin(confidence)
         return self._accepted[i] / self._verified[i]
 
+    @property
+    def mean_rate(self) -> float:
+        """Of drafts whose confidence is not known yet."""
+        return sum(self._accepted) / sum(self._verified)
+
     def observe(self, confidences: ListLike[float], num_accepted: int) -> None:
         """What became of the drafts of a round, those behind the first that did not stand not being known."""
         for j, confidence in enumerate(confidences[: num_accepted + 1]):

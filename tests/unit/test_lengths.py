@@ -106,8 +106,14 @@ def test_who_is_accepted_more_drafts_more() -> None:
 
 def test_a_drafter_that_costs_much_drafts_little() -> None:
     cheap, dear, too_dear = (adaptive(FLAT, {1: share}) for share in (0.05, 0.3, 2.0))
-    lengths = [chosen(policy, sequences(1))[0] for policy in (cheap, dear, too_dear)]
+    lengths = [drafted(policy, sequences(1)[0], [0.75] * 8) for policy in (cheap, dear, too_dear)]
     assert lengths[0] > lengths[1] > lengths[2] == 0
+
+
+def drafted(policy: AdaptiveLength, seq: Sequence, confidences: list[float]) -> int:
+    """How many drafts are made where rows have these confidences."""
+    (most,) = policy.lengths([seq], [len(confidences)], BUDGET - 1)
+    return next((num for num in range(1, most) if not policy.keep_going(seq, confidences[:num])), most)
 
 
 @dataclass
@@ -127,10 +133,10 @@ class World:
         rng, (seq,) = random.Random(3), sequences(1)
         tokens = seconds = 0.0
         for _ in range(num_steps):
-            (length,) = policy.lengths([seq], [8], BUDGET - 1)
+            length = drafted(policy, seq, [0.5] * 8)  # they say nothing
             num = next((i for i in range(length) if rng.random() >= self.rate), length)
             target, drafter = 1 + self.row * length, self.call * length
-            policy.observe(seq, length, num)
+            policy.observe(seq, length, num, [0.5] * length)
             policy.observe_step(StepTiming(1 + length, target, length, length, drafter))
             tokens, seconds = tokens + num + 1, seconds + target + drafter
         return tokens / seconds
@@ -246,12 +252,11 @@ def test_drafts_behind_the_end_of_an_answer_say_nothing_of_confidence() -> None:
 
 
 def test_a_row_that_is_due_anyway_counts_as_spent() -> None:
-    """Of a request with a seed, whose drafter runs without drafts, too: the present speed is lower, and a draft is worth more."""
-    least = []
+    """Of a request with a seed, whose drafter runs without drafts, too: a step costs more, and another draft is worth its call sooner."""
+    lengths = []
     for is_seeded in (False, True):
-        policy = adaptive(FLAT, {1: 0.3})
+        policy = adaptive(FLAT, {1: 0.35})
         sampling = SamplingParams(max_tokens=9, is_seeded=is_seeded)
         seq = Sequence(msgspec.structs.replace(make_request(), sampling=sampling), Choice())
-        chosen(policy, [seq])
-        least.append(policy._least)
-    assert least[0] > least[1] > 0
+        lengths.append(drafted(policy, seq, [0.75] * 8))
+    assert lengths[0] < lengths[1]
