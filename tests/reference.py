@@ -104,8 +104,8 @@ class NaiveCopying(NaiveModel):
                 if tokens[place - n : place] == tokens[-n:]:
                     length = max(m for m in range(n, 17) if m <= place and tokens[place - m : place] == tokens[-m:])
                     weight = length / (length + doubt)
-                    q = softmax(logits)
-                    return tuple(math.log((1 - weight) * x + weight * (i == tokens[place])) for i, x in enumerate(q))
+                    q = [(1 - weight) * x + weight * (i == tokens[place]) for i, x in enumerate(softmax(logits))]
+                    return tuple(math.log(x) if x else -1e4 for x in q)  # as a token that is never drafted
         return logits
 
 

@@ -21,8 +21,7 @@ DRAFTERS = {
     "model": Setup(drafter="model"),
     "model, short context": Setup(drafter="model", drafter_context=12),
     "model, lagging": Setup(drafter="model", max_drafter_tokens=3),
-    "model, some tokens": Setup(drafter="model", drafted=tuple(range(0, 24, 2))),
-    "model, copying": Setup(drafter="model", doubt=0.5),
+    "model, some tokens, copying": Setup(drafter="model", drafted=tuple(range(0, 24, 2)), doubt=0.5),
     "model, block": Setup(drafter="model", verification="block"),
     "ngram, block": Setup(drafter="ngram", verification="block"),
 }

@@ -37,8 +37,7 @@ SETUPS = {
     "model": Setup(drafter="model"),
     "model, short context": Setup(drafter="model", drafter_context=12),
     "model, lagging": Setup(drafter="model", max_drafter_tokens=3),
-    "model, some tokens": Setup(drafter="model", drafted=tuple(range(0, 24, 2))),
-    "model, copying": Setup(drafter="model", doubt=0.5),
+    "model, some tokens, copying": Setup(drafter="model", drafted=tuple(range(0, 24, 2)), doubt=0.5),
     "ngram": Setup(drafter="ngram"),
     "none": Setup(drafter="none"),
 }
