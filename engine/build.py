@@ -128,9 +128,8 @@ def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | N
         _refuse_early(source)
     target_path = resolve(config.model.target, cache_dir, progress)
     drafter_path = resolve(drafter_source, cache_dir, progress) if drafter_source else None
-    if drafter_path is not None:
-        lender_of(read_config(drafter_path), drafter_path, cache_dir, progress)  # refused or fetched now rather than behind the target
     if drafter_source and drafter_path:  # before minutes are spent on weights
+        lender_of(read_config(drafter_path), drafter_path, cache_dir, progress)
         check_pair(_pair_member(config.model.target, target_path), _pair_member(drafter_source, drafter_path))
     target = _load(config.model.target, target_path, config.engine, cache_dir, progress)
     drafter = _load(drafter_source, drafter_path, config.engine, cache_dir, progress) if drafter_source and drafter_path else None

@@ -93,7 +93,7 @@ def _zeros(num: int) -> Tensor:
 
 # ---------------------------------------------------------------------- both
 def _why_no_library() -> str:
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return "this torch was built without oneDNN"
     capability = torch.backends.cpu.get_cpu_capability()
     return "" if capability.startswith("AVX") else f"packed products are for x86 CPUs with AVX2 or more, this one has {capability}"

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, cat
 
 from engine.errors import ConfigError, SourceError
@@ -54,7 +54,7 @@ def read_weights(path: Path, names: Collection[str] | None = None) -> dict[str, 
         found: dict[str, Tensor] = {}
         for file in files:
             with safe_open(path / file, framework="pt") as stored:
-                found |= {name: stored.get_tensor(name) for name in stored.keys() if names is None or _whole(name) in names}  # noqa: SIM118
+                found |= {name: stored.get_tensor(name) for name in stored.keys() if names is None or _whole(name) in names}  # noqa: SIM118  # not a dict
         return _joined(found, path)
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
         raise SourceError(f"The weights in {path} cannot be loaded: {first_line(error)}") from error
@@ -67,12 +67,10 @@ def joined_weights(path: Path) -> dict[str, Tensor] | None:
         return None
     try:
         weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        if not any(map(_BLOCK.fullmatch, weight_map)):
-            return None
-        stored = {name: weight for file in sorted(set(weight_map.values())) for name, weight in load_file(path / file).items()}
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        has_blocks = any(map(_BLOCK.fullmatch, weight_map))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(f"The weights in {path} cannot be loaded: {first_line(error)}") from error
-    return _joined(stored, path)
+    return read_weights(path) if has_blocks else None
 
 
 def _whole(name: str) -> str:
