@@ -1,7 +1,7 @@
 """Distillation: a drafter learns its target's distribution at every token of answers that the target wrote itself.
 
-The target's logits are computed while they are needed, some rows at a time, and never kept. On a CPU a run is a function of its recipe
-and data: one that was killed goes on from its checkpoint and gives the same numbers, bit for bit.
+What the target thinks is computed while it is needed, some rows at a time, or read from its kept states. On a CPU a run is a function
+of its recipe and data: one that was killed goes on from its checkpoint and gives the same numbers, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.errors import ConfigError
 from engine.train.batches import Batch, collate, in_passes, passes
 from engine.train.checkpoint import RunFolder
 from engine.train.config import TrainingConfig
-from engine.train.losses import Judgement, joined, judge
+from engine.train.losses import Judgement, TargetRows, joined, judge
 from engine.train.models import Student, Teacher, parameter_groups
 from engine.train.shards import Example
 
@@ -178,14 +178,13 @@ class Distillation:
         self, batch: Batch, hidden: Tensor, weight: Tensor, teacher: Teacher, needs_gradient: bool
     ) -> Iterator[tuple[slice, Judgement]]:
         """The rows of a batch, some at a time: hidden [R, h] of the drafter against its head's weight [N, h]."""
-        states, dtype = teacher.states(batch), self._product_dtype(hidden)
+        target, dtype = teacher.rows_of(batch), self._product_dtype(hidden)
         weight = weight.to(dtype)
-        for begin in range(0, len(states), self._config.logit_rows):
+        for begin in range(0, len(hidden), self._config.logit_rows):
             rows = slice(begin, begin + self._config.logit_rows)
-            logits = hidden[rows].to(dtype) @ weight.T
-            yield rows, self._judge(logits, teacher.logits(states[rows]), needs_gradient)
+            yield rows, self._judge(hidden[rows].to(dtype) @ weight.T, target(rows), needs_gradient)
 
-    def _judge(self, drafter: Tensor, target: Tensor, needs_gradient: bool) -> Judgement:
+    def _judge(self, drafter: Tensor, target: TargetRows, needs_gradient: bool) -> Judgement:
         """On a CPU a few rows at a time, which stay in its caches: a dozen passes over large matrices would each go through memory."""
         num_rows = _CACHED_ROWS if self._device.type == "cpu" else len(drafter)
         parts = [

@@ -20,6 +20,25 @@ Loss = Literal["kl", "tv"]
 
 
 @dataclass(frozen=True)
+class TargetRows:
+    """What a target thinks of R rows."""
+
+    log_p: Tensor  # [R, N], of the tokens that the drafter may draft; over all tokens p sums to 1
+    favourites: Tensor  # [R], the largest of all tokens
+
+    def split(self, num_rows: int) -> list[TargetRows]:
+        pairs = zip(self.log_p.split(num_rows), self.favourites.split(num_rows), strict=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return [TargetRows(log_p, favourites) for log_p, favourites in pairs]
+
+
+@torch.no_grad()
+def target_rows(logits: Tensor, draft_ids: Tensor | None = None) -> TargetRows:
+    """Of logits [R, V], float32 at least; `draft_ids` [N] are the tokens of the drafter's head, None all."""
+    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    return TargetRows(log_p if draft_ids is None else log_p.index_select(-1, draft_ids), log_p.argmax(-1))
+
+
+@dataclass(frozen=True)
 class Judgement:
     """R rows, judged."""
 
@@ -30,24 +49,20 @@ class Judgement:
 
 
 @torch.no_grad()
-def judge(drafter: Tensor, target: Tensor, loss: Loss, draft_ids: Tensor | None = None, needs_gradient: bool = True) -> Judgement:
-    """Compare logits of a drafter [R, N] with those of the target [R, V]; `draft_ids` [N] are the tokens of the drafter's head, None all.
+def judge(drafter: Tensor, target: TargetRows, loss: Loss, draft_ids: Tensor | None = None, needs_gradient: bool = True) -> Judgement:
+    """Compare logits of a drafter [R, N] with what the target thinks; `draft_ids` [N] are the tokens of both, None all.
 
-    Both are made float32 at least. The gradient is written down rather than left to autograd, which would hold three more such matrices.
+    Logits are made float32 at least. The gradient is written down rather than left to autograd, which would hold three more such matrices.
     """
     log_q = torch.log_softmax(drafter.to(torch.promote_types(drafter.dtype, torch.float32)), dim=-1)
-    log_p = torch.log_softmax(target.to(torch.promote_types(target.dtype, torch.float32)), dim=-1)
-    favourite = log_p.argmax(-1)
-    if draft_ids is not None:
-        log_p = log_p.index_select(-1, draft_ids)
-    q, p = log_q.exp(), log_p.exp()
+    q, p = log_q.exp(), target.log_p.exp()
     acceptance = torch.minimum(p, q).sum(-1)
     drafted = log_q.argmax(-1)
-    agreement = favourite == (drafted if draft_ids is None else draft_ids[drafted])
+    agreement = target.favourites == (drafted if draft_ids is None else draft_ids[drafted])
     if loss == "tv":
         value, gradient = 1 - acceptance, _tv_gradient(p, q) if needs_gradient else None
     else:
-        value = log_p.sub_(log_q).mul_(p).sum(-1)
+        value = torch.sub(target.log_p, log_q, out=log_q).mul_(p).sum(-1)
         gradient = q.mul_(p.sum(-1, keepdim=True)).sub_(p) if needs_gradient else None
     return Judgement(value, acceptance, agreement, gradient)
 

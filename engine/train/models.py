@@ -6,7 +6,7 @@ Both are transformers' own, with their own forward pass: positions are filled up
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from engine.model.loader import load, quiet_transformers, require_supported
 from engine.model.source import first_line
 from engine.train.batches import Batch
 from engine.train.config import DrafterShape
+from engine.train.losses import TargetRows, target_rows
 from engine.train.shards import Example
 
 # entries of a config that decide what weights mean, where they have the same names and shapes
@@ -29,32 +30,33 @@ _SHAPE = (
 )  # fmt: skip
 
 
+RowsOf = Callable[[slice], TargetRows]  # of some of a batch's rows
+
+
 class Teacher(Protocol):
-    """Who says what the target's last hidden states are."""
+    """Who says what the target thinks."""
 
-    def states(self, batch: Batch) -> Tensor:
-        """[R, hidden] of a batch's rows, normed: what the head takes."""
-        ...
-
-    def logits(self, states: Tensor) -> Tensor:
-        """[R, V]"""
+    def rows_of(self, batch: Batch) -> RowsOf:
+        """What is asked about a batch's R rows, some at a time: over a large vocabulary all at once would be gigabytes."""
         ...
 
 
 class TargetTeacher:
     """Runs the target."""
 
-    def __init__(self, model: Any):
-        """`model` is a transformers ...ForCausalLM without gradients."""
-        self._model = model
+    def __init__(self, model: Any, draft_ids: Tensor | None):
+        """`model` is a transformers ...ForCausalLM without gradients; `draft_ids` [N] are the tokens to be learnt, None all."""
+        self._model, self._draft_ids = model, draft_ids
 
     @torch.inference_mode()
-    def states(self, batch: Batch) -> Tensor:
-        return hidden_rows(self._model, batch)
+    def rows_of(self, batch: Batch) -> RowsOf:
+        states = hidden_rows(self._model, batch)
 
-    @torch.inference_mode()
-    def logits(self, states: Tensor) -> Tensor:
-        return self._model.lm_head(states)  # type: ignore[no-any-return]  # transformers' modules are untyped
+        @torch.inference_mode()
+        def rows(some: slice) -> TargetRows:
+            return target_rows(self._model.lm_head(states[some]), self._draft_ids)
+
+        return rows
 
 
 def pack_linears(model: Any, kind: LinearKind) -> None:

@@ -74,8 +74,14 @@ def distil(
     student = _student(config, target, [examples[i] for i in learnt], end_token_ids(path), device)
     if config.training.precision == "bfloat16":
         target.to(torch.bfloat16)  # behind the student, which may take weights of it
+    head = target.lm_head.weight.detach()
     pack_linears(target, choose("none", target.dtype, device))
-    teachers = _teachers(config, target, shards, by_shard, (learnt, held_out), watch)
+    if config.training.keep_states:
+        places = _kept(config, target, shards, by_shard, watch)
+        teacher, examiner = (KeptTeacher(head, student.draft_ids, [places[i] for i in side]) for side in (learnt, held_out))
+        teachers: tuple[Teacher, Teacher] = teacher, examiner
+    else:
+        teachers = (TargetTeacher(target, student.draft_ids),) * 2
     sides = Examples([examples[i] for i in learnt], [examples[i] for i in held_out])
     training = Distillation(config.training, student, teachers, sides, device)
     if is_export_only:
@@ -124,18 +130,8 @@ def _student(config: DistilConfig, target: Any, examples: Sequence[Example], end
     return Student(model, None if number is None else frequent_ids(examples, number, end_ids).to(device))
 
 
-def _teachers(
-    config: DistilConfig,
-    target: Any,
-    shards: Sequence[Path],
-    by_shard: Sequence[Sequence[Example]],
-    sides: tuple[Sequence[int], Sequence[int]],
-    watch: Watch,
-) -> tuple[Teacher, Teacher]:
-    """Who says what the target thinks of the examples to learn, and of those for validation."""
-    if not config.training.keep_states:
-        teacher = TargetTeacher(target)
-        return teacher, teacher
+def _kept(config: DistilConfig, target: Any, shards: Sequence[Path], by_shard: Sequence[Sequence[Example]], watch: Watch) -> list[Rows]:
+    """Where the target's states of all examples are; those that are not there are made."""
     places: list[Rows] = []
     for number, (shard, examples) in enumerate(zip(shards, by_shard, strict=True)):
         path = shard.with_name(shard.name.replace("shard", "states"))
@@ -144,5 +140,4 @@ def _teachers(
         )
         places += keep_states(path, made_of, target, examples, config.training.pass_tokens)
         watch.on_states(number + 1, len(shards))
-    learnt, held_out = (KeptTeacher(target, [places[i] for i in side]) for side in sides)
-    return learnt, held_out
+    return places

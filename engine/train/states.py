@@ -1,6 +1,8 @@
-"""The target's last hidden states of all answers, kept beside the shards: the target's body runs once, and an epoch costs its head alone.
+"""The target's last hidden states of all answers, kept beside the shards, so that the target runs once.
 
-In float16: 2 x width bytes a token, and logits that are off by about a thousandth. A shard's file is there whole or not at all.
+Beside each state stands what a row over the whole vocabulary is needed for, the logarithm of the softmax's sum and the largest token. So
+an epoch costs no more than the logits of those tokens that the drafter may draft. States are float16: 2 x width bytes a token, and logits
+that are off by about a thousandth. A shard's file is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.train.batches import Batch, collate, in_passes
-from engine.train.models import hidden_rows
+from engine.train.losses import TargetRows
+from engine.train.models import RowsOf, hidden_rows
 from engine.train.shards import Example, write_whole
 
-_HEADER, _NAME = "cascade", "states"
+FORMAT = 2  # raise it when the same target and examples would give another file
+_HEADER = "cascade"
+_STATES, _NORMALIZERS, _FAVOURITES = _NAMES = "states", "log_normalizers", "favourites"  # [R, hidden], [R], [R]
+_LOGIT_ROWS = 64  # over the vocabulary, at a time
 
 
 @dataclass(frozen=True)
@@ -34,27 +40,36 @@ class Rows:
 
 
 class KeptTeacher:
-    """Reads states and runs the target's head."""
+    """Reads states and runs as much of the target's head as is learnt from."""
 
-    def __init__(self, model: Any, rows: Sequence[Rows]):
-        """`model` is the target, `rows` are those of the examples that batches are made of."""
-        self._head, self._device, self._dtype = model.lm_head, model.device, model.dtype
+    def __init__(self, head: Tensor, draft_ids: Tensor | None, rows: Sequence[Rows]):
+        """`head` [V, hidden] is the target's; `draft_ids` [N] are the tokens to be learnt, None all.
+
+        `rows` are those of the examples that batches are made of.
+        """
+        self._head = head if draft_ids is None else head.index_select(0, draft_ids)
         self._rows = rows
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, dict[str, Any]] = {}
 
     @torch.inference_mode()
-    def states(self, batch: Batch) -> Tensor:
-        found = torch.cat([self._slice(self._rows[index]) for index in batch.examples])
-        return found.to(self._device, self._dtype)
+    def rows_of(self, batch: Batch) -> RowsOf:
+        parts = [self._read(self._rows[index]) for index in batch.examples]
+        states, normalizers, favourites = (torch.cat(columns).to(self._head.device) for columns in zip(*parts, strict=True))
+        states = states.to(self._head.dtype)
 
-    @torch.inference_mode()
-    def logits(self, states: Tensor) -> Tensor:
-        return self._head(states)  # type: ignore[no-any-return]  # transformers' modules are untyped
+        @torch.inference_mode()
+        def rows(some: slice) -> TargetRows:
+            logits = states[some] @ self._head.T
+            log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sub_(normalizers[some, None])
+            return TargetRows(log_p, favourites[some].long())
 
-    def _slice(self, rows: Rows) -> Tensor:
+        return rows
+
+    def _read(self, rows: Rows) -> list[Tensor]:
         if rows.path not in self._files:
-            self._files[rows.path] = safe_open(rows.path, framework="pt").get_slice(_NAME)  # type: ignore[no-untyped-call]
-        return self._files[rows.path][rows.first : rows.first + rows.number]  # type: ignore[no-any-return]  # untyped
+            file: Any = safe_open(rows.path, framework="pt")
+            self._files[rows.path] = {name: file.get_slice(name) for name in _NAMES}
+        return [self._files[rows.path][name][rows.first : rows.first + rows.number] for name in _NAMES]
 
 
 def keep_states(path: Path, made_of: str, model: Any, examples: Sequence[Example], pass_tokens: int) -> list[Rows]:
@@ -64,26 +79,45 @@ def keep_states(path: Path, made_of: str, model: Any, examples: Sequence[Example
     """
     counts = [len(example.answer_ids) for example in examples]
     firsts = [sum(counts[:i]) for i in range(len(counts))]
-    if _made_of(path) != made_of:
-        states = torch.empty(sum(counts), model.config.hidden_size, dtype=torch.float16)
-        for chosen in in_passes(range(len(examples)), [len(example) for example in examples], pass_tokens):
-            batch = collate(examples, chosen).to(model.device)
-            with torch.inference_mode():
-                found = hidden_rows(model, batch).to("cpu", torch.float16)
-            for index, rows in zip(batch.examples, torch.split(found, list(batch.counts)), strict=True):
-                states[firsts[index] : firsts[index] + counts[index]] = rows
-        if not bool(states.isfinite().all()):
-            raise ConfigError("training.keep_states: True - float16 cannot hold this target's states; take False")
-        write_whole(path, save({_NAME: states}, {_HEADER: json.dumps({"made_of": made_of})}))
+    header = {"format": FORMAT, "made_of": made_of}
+    if _header_of(path) != header:
+        write_whole(path, save(_computed(model, examples, firsts, sum(counts), pass_tokens), {_HEADER: json.dumps(header)}))
     return [Rows(path, first, count) for first, count in zip(firsts, counts, strict=True)]
 
 
-def _made_of(path: Path) -> str | None:
+@torch.inference_mode()
+def _computed(model: Any, examples: Sequence[Example], firsts: Sequence[int], num_rows: int, pass_tokens: int) -> dict[str, Tensor]:
+    kept = {
+        _STATES: torch.empty(num_rows, model.config.hidden_size, dtype=torch.float16),
+        _NORMALIZERS: torch.empty(num_rows, dtype=torch.float32),
+        _FAVOURITES: torch.empty(num_rows, dtype=torch.int32),
+    }
+    for chosen in in_passes(range(len(examples)), [len(example) for example in examples], pass_tokens):
+        batch = collate(examples, chosen).to(model.device)
+        states = hidden_rows(model, batch)
+        summed = [_normalizers(model.lm_head(some)) for some in states.split(_LOGIT_ROWS)]  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        at = torch.cat([torch.arange(firsts[i], firsts[i] + count) for i, count in zip(batch.examples, batch.counts, strict=True)])
+        kept[_STATES][at] = states.to("cpu", torch.float16)
+        kept[_NORMALIZERS][at] = torch.cat([normalizers for normalizers, _ in summed]).to("cpu", torch.float32)
+        kept[_FAVOURITES][at] = torch.cat([favourites for _, favourites in summed]).to("cpu", torch.int32)
+    if not bool(kept[_STATES].isfinite().all()):
+        raise ConfigError("training.keep_states: True - float16 cannot hold this target's states; take False")
+    return kept
+
+
+def _normalizers(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [R, V] the logarithm of the softmax's sum [R] and the largest tokens [R]."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest, favourites = logits.max(-1)
+    return largest + logits.sub_(largest[:, None]).exp_().sum(-1).log(), favourites
+
+
+def _header_of(path: Path) -> Any:
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return str(json.loads((file.metadata() or {})[_HEADER])["made_of"])
+            return json.loads((file.metadata() or {})[_HEADER])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None  # it is made again
 

@@ -46,7 +46,7 @@ def training(loss: Loss = "kl") -> TrainingConfig:
 
 def distillation(model: Any, examples: list[Example], config: TrainingConfig, draft_ids: Any = None) -> Distillation:
     student = Student(new_drafter(SHAPE, model, 0).double(), draft_ids)
-    teacher = TargetTeacher(model)
+    teacher = TargetTeacher(model, student.draft_ids)
     return Distillation(config, student, (teacher, teacher), Examples(examples, examples), CPU)
 
 
@@ -202,17 +202,24 @@ def test_a_run_of_another_recipe_is_refused(plain: DistilConfig, shards: list[Pa
     assert len(lines(plain)) == 15, "a refused run has cut the log"
 
 
-def test_kept_states_teach_the_same(plain: DistilConfig, recipe: Recipe, shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = recipe(training__keep_states=True)
-    train(config, shards)
-    got, want = ([entry["loss"] for entry in lines(c) if entry["kind"] == "step"] for c in (config, plain))
-    assert got == pytest.approx(want, rel=5e-3)
-    kept = sorted(shards[0].parent.glob("states-*"))
-    assert len(kept) == len(shards)
-    again = recipe(training__keep_states=True, training__folder=config.training.folder + "2")
+@pytest.mark.parametrize("vocabulary", [None, 20], ids=["all tokens", "some tokens"])
+def test_kept_states_teach_the_same(recipe: Recipe, shards: list[Path], vocabulary: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, kept, again = (
+        recipe(training__keep_states=keep, training__folder=recipe().training.folder + name, drafter__draft_vocabulary=vocabulary)
+        for keep, name in ((False, "1"), (True, "2"), (True, "3"))
+    )
+    train(plain, shards)
+    train(kept, shards)
+    for wanted, found in zip(lines(plain), lines(kept), strict=True):
+        assert found.keys() == wanted.keys()
+        if found["kind"] == "step":
+            assert found["loss"] == pytest.approx(wanted["loss"], rel=5e-3)
+        else:
+            assert found["sources"]["all"] == pytest.approx(wanted["sources"]["all"], rel=2e-2)
+    assert len(list(shards[0].parent.glob("states-*"))) == len(shards)
     monkeypatch.setattr("engine.train.states.hidden_rows", None)  # it would be called if states were made again
     train(again, shards)
-    assert lines(again) == lines(config)
+    assert lines(again) == lines(kept)
 
 
 def test_the_other_ways_to_train_run(recipe: Recipe, shards: list[Path]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.train.losses import Loss, judge
+from engine.train.losses import Loss, judge, target_rows
 
 V = 7
 DRAFTED = [0, 2, 3, 6]
@@ -30,7 +30,8 @@ def softmax(logits: list[float]) -> list[float]:
 def test_rows_are_judged_as_by_hand(loss: Loss, drafted: list[int] | None) -> None:
     drafter, target = rows(1)
     ids = drafted or list(range(V))
-    found = judge(drafter[:, : len(ids)], target, loss, None if drafted is None else torch.tensor(drafted))
+    draft_ids = None if drafted is None else torch.tensor(drafted)
+    found = judge(drafter[:, : len(ids)], target_rows(target, draft_ids), loss, draft_ids)
     for row in range(len(target)):
         p = softmax(target[row].tolist())
         q = dict(zip(ids, softmax(drafter[row, : len(ids)].tolist()), strict=True))
@@ -51,15 +52,17 @@ def test_the_gradient_is_autograds(loss: Loss, drafted: list[int] | None) -> Non
     q, p = logits.softmax(-1), target.softmax(-1)[:, ids]
     value = (p * (p / q).log()).sum() if loss == "kl" else -torch.minimum(p, q).sum()
     value.backward()
-    found = judge(logits.detach(), target, loss, None if drafted is None else ids)
+    draft_ids = None if drafted is None else ids
+    thought = target_rows(target, draft_ids)
+    found = judge(logits.detach(), thought, loss, draft_ids)
     assert found.gradient is not None
     torch.testing.assert_close(found.gradient, logits.grad, rtol=1e-10, atol=1e-12)
-    assert judge(logits.detach(), target, loss, None if drafted is None else ids, needs_gradient=False).gradient is None
+    assert judge(logits.detach(), thought, loss, draft_ids, needs_gradient=False).gradient is None
 
 
 def test_half_precision_is_judged_in_single() -> None:
     drafter, target = rows(3)
-    found = judge(drafter.bfloat16(), target.bfloat16(), "kl")
+    found = judge(drafter.bfloat16(), target_rows(target.bfloat16()), "kl")
     assert found.loss.dtype is torch.float32
-    same = judge(drafter.bfloat16().double(), target.bfloat16().double(), "kl")
+    same = judge(drafter.bfloat16().double(), target_rows(target.bfloat16().double()), "kl")
     torch.testing.assert_close(found.loss.double(), same.loss, rtol=1e-5, atol=1e-6)
