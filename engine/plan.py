@@ -164,18 +164,20 @@ class StepTiming:
     drafter_seconds: float
 
 
+Draft = tuple[Sequence, ListLike[float]]  # whose, and of each row that this round's drafts were drawn from its largest raw probability
+
+
 class DraftLengthPolicy(Protocol):
     """How many tokens to draft. May look at rows, counts and times, never at a drafted token: the law of the text may not depend on it."""
 
     max_length: int
-    reads_confidence: bool  # the drafter is to ask `keep_going` behind each draft
+    reads_confidence: bool  # the drafter is to hand confidences to `who_goes_on`
 
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
         """Drafts for each sequence, chosen for the whole batch together: at most its limit, in all at most `budget`."""
 
-    def keep_going(self, seq: Sequence, confidences: ListLike[float]) -> bool:
-        """Whether to draft on. `confidences`: of each row that this round's drafts were drawn from, its largest raw probability; empty
-        unless `reads_confidence`."""
+    def who_goes_on(self, drafting: ListLike[Draft]) -> list[bool]:
+        """Of those that have just drafted one more, who is to draft on. Confidences are empty unless `reads_confidence`."""
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         """What became of a sequence's drafts. `confidences` is empty where the drafter has none."""

@@ -10,16 +10,16 @@ Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection 
 is: survivals fall along a sequence, so the greedy choice is the best one of its size.
 
 For drafts that are looked up this is how many are made. What a model drafts stands in runs: a name or a phrase that it knows, then a word
-that it does not. So who drafts at all may draft up to the maximum, and is asked again behind every draft: it goes on while further ones
-would raise expected tokens a second, given how likely those so far are to stand by their confidences (calibration.py). The idea of asking
-is that of Huang et al., "SpecDec++" (2024); here costs set the threshold, and nobody has to.
+that it does not. So who drafts at all may draft up to the maximum, and behind every call of the drafter all are asked together who goes on:
+those, the likeliest first, whose further drafts raise expected tokens a second, given how likely the drafts so far are to stand by their
+confidences (calibration.py). One alone that goes on pays for a whole call. The idea of asking is that of Huang et al., "SpecDec++" (2024);
+here costs set the threshold, and nobody has to.
 
 The choice sees lengths, counts, times and rows, never a drafted token: the law of the text does not depend on it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -28,7 +28,7 @@ from operator import mul
 from engine.draft.calibration import Calibration
 from engine.draft.costs import PassCosts
 from engine.draft.length import FixedLength, share_budget
-from engine.plan import StepTiming
+from engine.plan import Draft, StepTiming
 from engine.sequence import Sequence
 
 _PRIOR_RATE = 0.7  # of a draft in front of which all stood, before anything is known
@@ -75,15 +75,14 @@ class _History:
     patience: int = field(default=_PROBES[0])  # idle rounds until a draft is tried again
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a step was expected to bring when its lengths were chosen."""
+@dataclass(slots=True)
+class _Round:
+    """How far the drafts of a step have come."""
 
-    tokens: float = 0.0  # of all sequences
+    tokens: float = 0.0  # expected to be emitted, drafts so far included
     num_rows: int = 0  # of the target
-    drafter_seconds: float = 0.0
-    call_seconds: float = 0.0  # a sequence's share of one call of the drafter
-    own: dict[Sequence, tuple[int, float]] = field(default_factory=dict)  # drafts, and how many are expected to stand, of each sequence
+    drafter_seconds: float = 0.0  # spent
+    stand: dict[Sequence, float] = field(default_factory=dict)  # of each sequence's drafts so far, how many are expected to
 
 
 class AdaptiveLength(FixedLength):
@@ -97,7 +96,7 @@ class AdaptiveLength(FixedLength):
         self._drafter = drafter
         self._shared: dict[int, _Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
         self._bucket = 0  # of the step that is being planned
-        self._plan = _Plan()
+        self._round = _Round()
         self._priors = [_PRIOR_RATE] * max_length  # acceptance rates by position in that step, of a sequence of which nothing is known
         self._calibrations: dict[tuple[bool, str], Calibration] = {}  # by whether a request is greedy, and by its rule
         self.reads_confidence = drafter is not None
@@ -111,7 +110,7 @@ class AdaptiveLength(FixedLength):
         num_rows = self._max_step_tokens - budget
         row_seconds = self._call(len(seqs)) if any(seq.needs_q for seq in seqs) else 0.0  # of rows that are due without any draft
         num_taken = self._best(slots, len(seqs), num_rows, row_seconds)
-        self._plan = self._planned(slots[:num_taken], seqs, num_rows, row_seconds)
+        self._round = _Round(len(seqs), num_rows, row_seconds)
         lengths = [0] * len(seqs)
         for _, _, b in slots[:num_taken]:
             lengths[b] += 1
@@ -123,21 +122,38 @@ class AdaptiveLength(FixedLength):
             lengths[b] = 1
         return lengths
 
-    def keep_going(self, seq: Sequence, confidences: ListLike[float]) -> bool:
-        """Whether some further drafts would raise expected tokens a second, all other sequences doing what was planned."""
-        calibration, plan = self._calibration(seq), self._plan
-        survival, stand = 1.0, 0.0
-        for confidence in confidences:
-            survival *= calibration.rate(confidence)
-            stand += survival
-        num = len(confidences)
-        now = self._rate_with(plan, seq, num, stand)
-        while num < self.max_length:
-            num, survival = num + 1, survival * calibration.mean_rate
-            stand += survival
-            if self._rate_with(plan, seq, num, stand) > now:
-                return True
-        return False
+    def who_goes_on(self, drafting: ListLike[Draft]) -> list[bool]:
+        """Those whose further drafts would raise expected tokens a second."""
+        now = self._round
+        now.drafter_seconds += self._call(len(drafting))
+        now.num_rows += len(drafting)
+        survivals, means = list[float](), list[float]()
+        for seq, confidences in drafting:
+            calibration = self._calibration(seq)
+            chances = list(accumulate(map(calibration.rate, confidences), mul))
+            now.tokens += sum(chances) - now.stand.get(seq, 0.0)
+            now.stand[seq] = sum(chances)
+            survivals.append(chances[-1])
+            means.append(calibration.mean_rate)
+        likeliest = sorted(range(len(drafting)), key=lambda i: -survivals[i])
+        num = self._num_to_go_on(
+            [survivals[i] for i in likeliest], [means[i] for i in likeliest], self.max_length - max(len(c) for _, c in drafting)
+        )
+        going = set(likeliest[:num])
+        return [i in going for i in range(len(drafting))]
+
+    def _num_to_go_on(self, survivals: ListLike[float], means: ListLike[float], most: int) -> int:
+        """How many of the sequences, those that are likeliest to stand so far being first, are to make up to `most` more drafts."""
+        now, best = self._round, 0
+        best_rate = now.tokens / (self._target.at(now.num_rows) + now.drafter_seconds)
+        further = [0.0] * most  # how many of the next, the second next ... drafts of the first `num` sequences are expected to stand
+        for num, (survival, mean) in enumerate(zip(survivals, means, strict=True), 1):
+            further = [sum_ + survival * mean ** (i + 1) for i, sum_ in enumerate(further)]
+            for length, gained in enumerate(accumulate(further), 1):
+                seconds = self._target.at(now.num_rows + num * length) + now.drafter_seconds + length * self._call(num)
+                if (now.tokens + gained) / seconds > best_rate:
+                    best, best_rate = num, (now.tokens + gained) / seconds
+        return best
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         if num_draft:
@@ -170,26 +186,6 @@ class AdaptiveLength(FixedLength):
             if rate > best_rate:
                 best, best_rate = num, rate
         return best
-
-    def _planned(self, slots: list[tuple[float, int, int]], seqs: ListLike[Sequence], num_rows: int, drafter_seconds: float) -> _Plan:
-        """What the step is expected to bring and to cost with these slots."""
-        depths, own = Counter(depth for _, depth, _ in slots), dict[Sequence, tuple[int, float]]()
-        for negative, _, b in slots:
-            num, tokens = own.get(seqs[b], (0, 0.0))
-            own[seqs[b]] = num + 1, tokens - negative
-        return _Plan(
-            tokens=len(seqs) - sum(negative for negative, _, _ in slots),
-            num_rows=num_rows + len(slots),
-            drafter_seconds=drafter_seconds + sum(self._call(num) for num in depths.values()),
-            call_seconds=self._call(len(own)) / len(own) if own else 0.0,
-            own=own,
-        )
-
-    def _rate_with(self, plan: _Plan, seq: Sequence, num_drafts: int, stand: float) -> float:
-        """Tokens a second if the sequence has so many drafts, of which `stand` are expected to."""
-        num_planned, tokens_planned = plan.own.get(seq, (0, 0.0))
-        seconds = self._target.at(plan.num_rows + num_drafts - num_planned) + plan.drafter_seconds
-        return (plan.tokens + stand - tokens_planned) / (seconds + (num_drafts - num_planned) * plan.call_seconds)
 
     def _call(self, rows: int) -> float:
         return 0.0 if self._drafter is None else self._drafter.at(rows)

@@ -12,6 +12,7 @@ from collections.abc import Sequence as ListLike
 from math import prod
 
 from engine.draft.length import FixedLength
+from engine.plan import Draft
 from engine.sequence import Sequence
 
 _MIN_SAMPLES = 20
@@ -37,8 +38,8 @@ class ConfidenceLength(FixedLength):
         self._samples: deque[tuple[float, bool]] = deque(maxlen=_MEMORY)
         self._num_rounds = 0
 
-    def keep_going(self, seq: Sequence, confidences: ListLike[float]) -> bool:
-        return self._score(confidences) >= self.threshold
+    def who_goes_on(self, drafting: ListLike[Draft]) -> list[bool]:
+        return [self._score(confidences) >= self.threshold for _, confidences in drafting]
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         for i in range(min(num_draft, num_accepted + 1, len(confidences))):

@@ -190,7 +190,9 @@ class ModelDrafter:
                 draft.drafted.append(token_id)
         for draft in drafts:
             draft.num_drafted += 1
-            draft.is_unsure = not self._policy.keep_going(draft.seq, draft.confidences[: draft.num_drafted])
+        goes_on = self._policy.who_goes_on([(d.seq, d.confidences[: d.num_drafted]) for d in drafts])
+        for draft, is_sure in zip(drafts, goes_on, strict=True):
+            draft.is_unsure = not is_sure
         run = [i for i, d in enumerate(drafts) if d.wants_row_behind() and d.computed < self._context_length]
         if run:
             running = [drafts[i] for i in run]

@@ -6,20 +6,27 @@ compute the same is not taken for granted: stack.py compares logits with the mod
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from engine.errors import UnsupportedModel
 from engine.model.attention import LayerAttention, PagedContext
-from engine.model.linear import LinearKind, joined
 
 Rotary = tuple[Tensor, Tensor]  # [N, 1, head_dim] each: cosines, and sines with the sign of the half that they multiply
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _NORMS = frozenset({"q_norm", "k_norm"})
 _MLP = frozenset({"gate_proj", "up_proj", "down_proj", "act_fn"})
+
+
+class Make(Protocol):
+    """What takes the place of linear layers."""
+
+    def __call__(self, *own: nn.Linear, has_heavy_tails: bool = False) -> nn.Module:
+        """One layer for those that read the same input, their outputs one after another. The rest is said of that input."""
+        ...
 
 
 def signed(cosines: Tensor, sines: Tensor) -> Rotary:
@@ -37,15 +44,15 @@ def rotate_(heads: Tensor, rotary: Rotary) -> Tensor:
 class FusedAttention(nn.Module):
     """Queries, keys and values as one product, over the paged cache."""
 
-    def __init__(self, own: Any, asked: LayerAttention, num_kv_heads: int, kind: LinearKind):
+    def __init__(self, own: Any, asked: LayerAttention, num_kv_heads: int, make: Make):
         """`own` is the attention module that it replaces. Raises UnsupportedModel where that has parts that are not known here."""
         super().__init__()
         has_norms = _require_parts(own, _ATTENTION, _NORMS) == _NORMS
         self._asked = asked
         self._head_dim: int = own.head_dim
         self._num_kv_heads = num_kv_heads
-        self.qkv_proj = kind.make(joined([own.q_proj, own.k_proj, own.v_proj]))
-        self.o_proj = kind.make(own.o_proj)
+        self.qkv_proj = make(own.q_proj, own.k_proj, own.v_proj)
+        self.o_proj = make(own.o_proj)
         self.q_norm = quick_norm(own.q_norm) if has_norms else None
         self.k_norm = quick_norm(own.k_norm) if has_norms else None
 
@@ -65,12 +72,12 @@ class FusedAttention(nn.Module):
 class FusedMLP(nn.Module):
     """down(act(gate(x)) * up(x)), gate and up as one product."""
 
-    def __init__(self, own: Any, kind: LinearKind):
+    def __init__(self, own: Any, make: Make):
         """`own` is the module that it replaces. Raises UnsupportedModel where that has parts that are not known here."""
         super().__init__()
         _require_parts(own, _MLP)
-        self.gate_up_proj = kind.make(joined([own.gate_proj, own.up_proj]))
-        self.down_proj = kind.make(own.down_proj)
+        self.gate_up_proj = make(own.gate_proj, own.up_proj)
+        self.down_proj = make(own.down_proj, has_heavy_tails=True)  # of products, and no norm has levelled them
         self.act_fn = own.act_fn
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,6 +22,17 @@ from engine.model import onednn
 _MIN_ROWS = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is known of a layer's inputs."""
+
+    largest: Tensor | None = None  # [in] of each its largest magnitude over some text
+    has_heavy_tails: bool = False  # a few of each row are far larger than the rest, and not the same ones in every row
+
+
+UNKNOWN = Inputs()
+
+
 class PackedLinear(nn.Module):
     """A linear layer whose weight was laid out once. The same bits for a row at any number of rows beside it."""
 
@@ -43,22 +54,40 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """Weights of 8 bits with a scale per output, activations of 8 bits with a scale per row, sums in 32-bit integers.
 
+    Some inputs of a layer are many times larger than others, in every row, and would leave these a handful of steps. So each input j is
+    divided by s_j and its weights multiplied by it, s_j = sqrt(max |x_j| / max |w_j|), which shares the range out evenly between both
+    sides (SmoothQuant, Xiao et al. 2022, equation 4 with alpha 0.5). Where they differ from row to row, what rounding leaves of a row is
+    rounded in its turn and runs as a second row: activations of nearly 16 bits, for weights that are read once.
+
     The same bits for a row at any number of rows beside it.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, inputs: Inputs = UNKNOWN):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().float()
+        weight, shrink = linear.weight.detach().float(), None
+        if inputs.largest is not None:
+            floor = torch.finfo(torch.float32).eps  # an input that was never seen, or is never read, is not to be blown up without end
+            shares = (inputs.largest.float().clamp_min(floor) / weight.abs().amax(0).clamp_min(floor)).sqrt()  # [in]
+            weight, shrink = weight * shares, nn.Buffer(1 / shares, persistent=False)
         steps = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # [out]
         self.packed = nn.Buffer(onednn.pack_int8((weight / steps.unsqueeze(-1)).round().to(torch.int8)), persistent=False)
         self.scales = nn.Buffer(steps / 127, persistent=False)  # of weight and activation together
         self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach(), persistent=False)
+        self.shrink = shrink
+        self.has_remainders = inputs.has_heavy_tails
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] to [..., out]."""
-        quantised, largest = onednn.to_uint8(x)
-        y = onednn.linear_int8(quantised, self.packed, self.scales).mul_(largest)
+        if self.shrink is not None:
+            x = x * self.shrink
+        if self.has_remainders:
+            quantised, largest = onednn.to_uint8_twice(x)
+            rounded, remainders = onednn.linear_int8(quantised, self.packed, self.scales)
+            y: Tensor = rounded.add_(remainders, alpha=1 / onednn.REMAINDER_STEPS).mul_(largest)
+        else:
+            quantised, largest = onednn.to_uint8(x)
+            y = onednn.linear_int8(quantised, self.packed, self.scales).mul_(largest)
         return y if self.bias is None else y + self.bias
 
 
@@ -88,12 +117,13 @@ def some_outputs(linear: nn.Linear, outputs: Tensor) -> nn.Linear:
 class LinearKind:
     """What a model's linear layers are replaced by."""
 
-    make: Callable[[nn.Linear], nn.Module]
+    make: Callable[[nn.Linear, Inputs], nn.Module]
     rounding: float  # how far logits may be off for it, relative to the largest; beside what the dtype allows
     note: str  # for the log
+    reads_inputs: bool = False  # whether `make` makes use of `Inputs.largest`
 
 
-AS_THEY_ARE = LinearKind(lambda linear: linear, 0.0, "linear layers as they are")
+AS_THEY_ARE = LinearKind(lambda linear, _: linear, 0.0, "linear layers as they are")
 
 
 def choose(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> LinearKind:
@@ -101,11 +131,11 @@ def choose(quantization: Quantization, dtype: torch.dtype, device: torch.device)
     if quantization == "int8":
         if reason := _why_not_int8(dtype, device):
             raise ConfigError(f"quantization: 'int8' - {reason}; take none.")
-        return LinearKind(Int8Linear, 0.2, "linear layers with 8-bit weights")
+        return LinearKind(Int8Linear, 0.2, "linear layers with 8-bit weights", reads_inputs=True)
     reason = f"packing is for CPUs, not for {device.type}" if device.type != "cpu" else onednn.why_not_float(dtype)
     if reason:
         return LinearKind(AS_THEY_ARE.make, AS_THEY_ARE.rounding, f"{AS_THEY_ARE.note} ({reason})")
-    return LinearKind(PackedLinear, 0.0, "linear layers packed for this CPU")
+    return LinearKind(lambda linear, _: PackedLinear(linear), 0.0, "linear layers packed for this CPU")
 
 
 def _why_not_int8(dtype: torch.dtype, device: torch.device) -> str:

@@ -8,22 +8,25 @@ model is known by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model.attention import LayerAttention, PagedContext, Segment, paged_context
 from engine.model.draft_vocabulary import NEVER
 from engine.model.fused import FusedAttention, FusedMLP, quick_norm, signed
-from engine.model.linear import AS_THEY_ARE, LinearKind, some_outputs
+from engine.model.linear import AS_THEY_ARE, Inputs, LinearKind, joined, some_outputs
 from engine.model.loader import has_rope_by_layer_type
 from engine.model.probe import PROBE, PretendedPast, Watch
 
 # largest difference of logits, relative to the largest logit, that is rounding and not a mistake
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+_OBSERVED = 256  # tokens over which inputs are observed
 
 
 class DecoderStack:
@@ -49,7 +52,7 @@ class DecoderStack:
         self._rotary_kinds = _rotary_kinds(model)
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
-        self._rebuild(watch, kind)
+        self._rebuild(watch, kind, self._largest_inputs() if kind.reads_inputs else {})
         self._require_equal(expected, kind)
 
     @property
@@ -101,18 +104,41 @@ class DecoderStack:
             self._model(self._check_ids()[1].unsqueeze(0), use_cache=False, past_key_values=past, watch=watch, past=past)
         return watch, expected
 
-    def _rebuild(self, watch: Watch, kind: LinearKind) -> None:
-        """Replace modules one by one, so that weights are never held twice."""
+    @torch.inference_mode()
+    def _largest_inputs(self) -> dict[nn.Module, Tensor]:
+        """How large each input [in] of each linear layer gets over a text of any tokens.
+
+        Which inputs are large is the model's property and hardly the text's. They are largest at the first position, which all others
+        look at.
+        """
+        found: dict[nn.Module, Tensor] = {}
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[module] = args[0].flatten(0, -2).abs().amax(0)
+
+        hooks = [module.register_forward_pre_hook(note) for module in self._model.modules() if isinstance(module, nn.Linear)]
+        self._model(self._ids(_OBSERVED).unsqueeze(0), use_cache=False, watch=Watch(self.config.model_type))
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def _rebuild(self, watch: Watch, kind: LinearKind, largest: Mapping[nn.Module, Tensor]) -> None:
+        """Replace modules one by one, so that weights are never held twice. `largest` has the largest inputs [in] of linear layers."""
+
+        def make(*own: nn.Linear, has_heavy_tails: bool = False) -> nn.Module:
+            return kind.make(joined(own) if len(own) > 1 else own[0], Inputs(largest.get(own[0]), has_heavy_tails))
+
         for index, layer in enumerate(self._body.layers):
             call = watch.calls[index]
             asked = LayerAttention(index, call.window, call.scaling)
-            layer.self_attn = FusedAttention(layer.self_attn, asked, call.kv_shape[0], kind)
-            layer.mlp = FusedMLP(layer.mlp, kind)
+            layer.self_attn = FusedAttention(layer.self_attn, asked, call.kv_shape[0], make)
+            layer.mlp = FusedMLP(layer.mlp, make)
             for name, child in list(layer.named_children()):
                 setattr(layer, name, quick_norm(child))
         self._body.norm = quick_norm(self._body.norm)
         head = self._model.lm_head
-        self._model.lm_head = kind.make(head if self._draft_ids is None else some_outputs(head, self._draft_ids))
+        cut = head if self._draft_ids is None else some_outputs(head, self._draft_ids)
+        self._model.lm_head = kind.make(cut, Inputs(largest.get(head)))
 
     @torch.inference_mode()
     def _require_equal(self, expected: Tensor, kind: LinearKind) -> None:
@@ -132,8 +158,11 @@ class DecoderStack:
             )
 
     def _check_ids(self) -> list[Tensor]:
-        """Fixed ids from all over the vocabulary, so that a start is repeatable."""
-        return [torch.arange(1, n + 1, device=self.device) * 7919 % self.vocab_size for n in (9, 5)]
+        return [self._ids(n) for n in (9, 5)]
+
+    def _ids(self, num: int) -> Tensor:
+        """Fixed ids [num] from all over the vocabulary, so that a start is repeatable."""
+        return torch.arange(1, num + 1, device=self.device) * 7919 % self.vocab_size
 
 
 def _rotary_kinds(model: Any) -> list[tuple[str, ...]]:

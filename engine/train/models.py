@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.errors import ConfigError, EngineError
-from engine.model.linear import LinearKind
+from engine.model.linear import UNKNOWN, LinearKind
 from engine.model.loader import load, quiet_transformers, require_supported
 from engine.model.source import first_line
 from engine.train.batches import Batch
@@ -64,7 +64,7 @@ def pack_linears(model: Any, kind: LinearKind) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, kind.make(child))
+                setattr(module, name, kind.make(child, UNKNOWN))
 
 
 class Student:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.errors import ConfigError, UnsupportedModel
 from engine.model import onednn
-from engine.model.linear import AS_THEY_ARE, Int8Linear, PackedLinear, choose, joined
+from engine.model.linear import AS_THEY_ARE, UNKNOWN, Inputs, Int8Linear, PackedLinear, choose, joined
 from engine.model.stack import DecoderStack
 from tests.tiny import ARCHITECTURES, target_model
 
@@ -89,9 +89,36 @@ def test_an_8_bit_layer_is_near_the_layer() -> None:
     assert 0 < float(error) < 0.01
 
 
+def error_of(quantised: Int8Linear, own: nn.Linear, x: Tensor) -> float:
+    return float((quantised(x) - own(x)).norm() / own(x).norm())
+
+
 @needs_int8
-def test_8_bit_rows_have_the_same_bits_beside_any_others() -> None:
-    quantised, x = Int8Linear(layer(576, 960)), rows(max(ROWS), 576)
+def test_an_input_that_is_always_large_is_shared_out() -> None:
+    own, x = layer(256, 128, bias=True), rows(20, 256)
+    x[:, 7] *= 300
+    own.weight[:, 7] *= 0.01
+    largest = Inputs(largest=x.abs().amax(0))
+    assert error_of(Int8Linear(own), own, x) > 0.1
+    assert error_of(Int8Linear(own, largest), own, x) < 0.02
+
+
+@needs_int8
+def test_what_rounding_leaves_over_counts() -> None:
+    """Each row has an input that is far larger than its others, and not the same one."""
+    own, x = layer(256, 128), rows(20, 256)
+    x[torch.arange(20), torch.arange(20) * 11] *= 1000
+    own.weight[:, torch.arange(20) * 11] *= 1e-3
+    own.weight.copy_((own.weight / own.weight.abs().amax(-1, keepdim=True) * 127).round())  # 8 bits say these exactly
+    coarse, fine = Int8Linear(own), Int8Linear(own, Inputs(has_heavy_tails=True))
+    assert error_of(coarse, own, x) > 0.1
+    assert error_of(fine, own, x) < error_of(coarse, own, x) / 50
+
+
+@needs_int8
+@pytest.mark.parametrize("inputs", [UNKNOWN, Inputs(torch.linspace(0, 9, 576), has_heavy_tails=True)], ids=["plain", "shared out, twice"])
+def test_8_bit_rows_have_the_same_bits_beside_any_others(inputs: Inputs) -> None:
+    quantised, x = Int8Linear(layer(576, 960), inputs), rows(max(ROWS), 576)
     whole = quantised(x)
     assert [num for num in ROWS if not torch.equal(quantised(x[:num]), whole[:num])] == []
     loud = torch.cat((x[:1], 1e6 * x[1:9]))
@@ -123,7 +150,7 @@ def test_the_choice_says_what_it_is_and_why_it_is_no_better() -> None:
 
 @needs_packing
 def test_float32_is_packed() -> None:
-    assert choose("none", torch.float32, CPU).make is PackedLinear
+    assert isinstance(choose("none", torch.float32, CPU).make(layer(8, 8), UNKNOWN), PackedLinear)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_drafter_that_costs_much_drafts_little() -> None:
 def drafted(policy: AdaptiveLength, seq: Sequence, confidences: list[float]) -> int:
     """How many drafts are made where rows have these confidences."""
     (most,) = policy.lengths([seq], [len(confidences)], BUDGET - 1)
-    return next((num for num in range(1, most) if not policy.keep_going(seq, confidences[:num])), most)
+    return next((num for num in range(1, most) if not policy.who_goes_on([(seq, confidences[:num])])[0]), most)
 
 
 @dataclass
@@ -170,7 +170,7 @@ def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
             num = 0
             while num < limit:
                 num += 1
-                if policy is not None and not policy.keep_going(seq, confidences[place : place + num]):
+                if policy is not None and not policy.who_goes_on([(seq, confidences[place : place + num])])[0]:
                     break
             good = next((i for i in range(num) if not stands[place + i]), num)
             target, drafter = 1 + 0.01 * num, call * num
@@ -183,6 +183,21 @@ def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
     best = max(speed(None, fixed) for fixed in range(9))
     got = speed(adaptive({1: 1.0, 8: 1.07}, {1: call}))
     assert got > 1.03 * best, (got, best)
+
+
+def test_one_alone_pays_for_a_whole_call() -> None:
+    """Calls that cost the same however many draft in them: what four share pays, and one of them alone does not."""
+    sure, unsure = [0.65], [0.05]
+    policy, seqs = adaptive({1: 1.0, 64: 1.5}, {1: 0.15, 64: 0.15}), sequences(4)
+    for together, wanted in (([sure] * 4, [True] * 4), ([sure, unsure, unsure, unsure], [False] * 4)):
+        policy.lengths(seqs, [8] * 4, BUDGET - 4)
+        assert policy.who_goes_on(list(zip(seqs, together, strict=True))) == wanted
+
+
+def test_the_likeliest_go_on() -> None:
+    policy, seqs = adaptive({1: 1.0, 64: 3.0}, {1: 0.1, 64: 0.2}), sequences(4)
+    policy.lengths(seqs, [8] * 4, BUDGET - 4)
+    assert policy.who_goes_on(list(zip(seqs, ([0.95], [0.05], [0.75], [0.05]), strict=True))) == [True, False, True, False]
 
 
 def test_after_a_while_without_drafts_one_is_tried() -> None:
@@ -211,13 +226,9 @@ def test_a_sequence_that_left_is_forgotten() -> None:
 def test_drafting_stops_behind_an_unsure_row() -> None:
     (seq,) = sequences(1)
     newest, product = (ConfidenceLength(8, 0.4, is_cumulative) for is_cumulative in (False, True))
-    assert [newest.keep_going(seq, confidences) for confidences in ([0.9], [0.9, 0.4], [0.9, 0.39], [0.1, 0.9])] == [
-        True,
-        True,
-        False,
-        True,
-    ]
-    assert [product.keep_going(seq, confidences) for confidences in ([0.9], [0.6, 0.7], [0.6, 0.6])] == [True, True, False]
+    rows = ([0.9], [0.9, 0.4], [0.9, 0.39], [0.1, 0.9])
+    assert newest.who_goes_on([(seq, confidences) for confidences in rows]) == [True, True, False, True]
+    assert product.who_goes_on([(seq, confidences) for confidences in ([0.9], [0.6, 0.7], [0.6, 0.6])]) == [True, True, False]
 
 
 def test_the_threshold_is_where_missing_and_wasting_cost_least() -> None:
@@ -240,7 +251,7 @@ def test_the_threshold_learns() -> None:
     for _ in range(64):
         policy.observe(seq, 3, 2, (0.9, 0.8, 0.5))
     assert policy.threshold == 0.8
-    assert not policy.keep_going(seq, [0.9, 0.7])
+    assert policy.who_goes_on([(seq, [0.9, 0.7])]) == [False]
 
 
 def test_drafts_behind_the_end_of_an_answer_say_nothing_of_confidence() -> None:
