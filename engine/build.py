@@ -47,6 +47,7 @@ from engine.model.timing import pass_seconds
 from engine.plan import Drafter, DraftLengthPolicy, LogitsProcessor, Rule
 from engine.request import Choice, Request, SamplingParams
 from engine.sampling.distributions import Distributions
+from engine.sampling.processors import STANDARD
 from engine.sched.scheduler import Limits, Scheduler
 from engine.stats import EngineInfo
 from engine.verify.block import BlockVerifier
@@ -147,7 +148,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length)
     block_size = config.engine.block_size
     require_memory(memory.bytes_per_token * memory.num_blocks * block_size, target.stack.device)
-    distributions = Distributions(extras.processors)
+    distributions = Distributions((*STANDARD, *extras.processors))
     policy = make_policy(config, extras.costs)
     parts = Parts(
         scheduler=Scheduler(

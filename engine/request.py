@@ -25,7 +25,10 @@ GREEDY_TEMPERATURE = 1e-5
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How a token is chosen from a model's logits. Applied in this order: temperature, top-k, top-p, min-p."""
+    """How a token is chosen from a model's logits.
+
+    Applied in this order: min_tokens, logit_bias and penalties (sampling/processors.py), temperature, top-k, top-p, min-p.
+    """
 
     max_tokens: int  # tokens of the whole answer, those in Choice.output_ids included; at least 1
     temperature: float = 1.0  # 0 takes the most likely token
@@ -34,6 +37,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float = 0.0  # keep tokens at least this likely relative to the most likely one, in [0, 1]
     seed: int = 0  # 64 bits; a caller that was given none draws one
     is_seeded: bool = False  # the client gave the seed: every position gets a drafter's row, see engine/README.md
+    min_tokens: int = 0  # no stop token is emitted in front of that many others
+    logit_bias: dict[int, float] = {}  # by token; added to logits
+    repetition_penalty: float = 1.0  # positive; above 1 tokens of prompt and answer become less likely
+    frequency_penalty: float = 0.0  # taken off the logit of a token for each time that the answer has it
+    presence_penalty: float = 0.0  # taken off the logits of all tokens that the answer has
     stop_token_ids: tuple[int, ...] = ()  # emitted, and then the answer ends; callers include EngineInfo.end_token_ids
 
     @property

@@ -68,8 +68,10 @@ class NumberWriter:
 class StopStrings:
     """Stop strings, ready to be searched for. Made once for all answers of a request: the tables cost a step of Python a character."""
 
-    def __init__(self, stops: Sequence[str] = ()):
+    def __init__(self, stops: Sequence[str] = (), are_shown: bool = False):
+        """`are_shown`: the stop string that was found is part of the text."""
         self.tables = tuple((stop, _borders(stop)) for stop in stops)
+        self.are_shown = are_shown
 
 
 class StopScanner:
@@ -80,13 +82,13 @@ class StopScanner:
     """
 
     def __init__(self, stops: StopStrings):
-        self._stops = stops.tables
+        self._stops, self._are_shown = stops.tables, stops.are_shown
         self._matched = [0] * len(self._stops)
         self._held = ""
         self.is_stopped = False
 
     def push(self, text: str) -> str:
-        """The text that may go out. After a stop was found, what stood before it, and then nothing more."""
+        """The text that may go out. After a stop was found, what stood before it (or up to its end), and then nothing more."""
         if self.is_stopped or not self._stops:
             return "" if self.is_stopped else text
         text, begin = self._held + text, len(self._held)
@@ -94,7 +96,7 @@ class StopScanner:
             found = self._advance(text[end])
             if found:
                 self.is_stopped, self._held = True, ""
-                return text[: end + 1 - found]
+                return text[: end + 1 - (0 if self._are_shown else found)]
         kept = len(text) - max(self._matched)
         self._held = text[kept:]
         return text[:kept]

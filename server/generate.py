@@ -37,6 +37,7 @@ class Job:
     has_usage_chunk: bool
     ignored: tuple[str, ...]  # fields that changed nothing
     wants_provenance: bool = False
+    shows_stop: bool = False  # what ended an answer, if it has a text, is part of the answer
     arrived_at: float = field(default_factory=time.monotonic)
 
 
@@ -102,8 +103,8 @@ class Generation:
             self._serving.draining.discard(self)
             await self._exits.aclose()
             raise
-        stops = StopStrings(self._job.stops)
-        self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job.wants_provenance) for record in self.record.choices]
+        stops = StopStrings(self._job.stops, self._job.shows_stop)
+        self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job) for record in self.record.choices]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -174,10 +175,11 @@ class Generation:
 class _Answer:
     """One choice: its text so far, and its numbers."""
 
-    def __init__(self, tokenizer: TextTokenizer, stops: StopStrings, record: ChoiceRecord, keeps_origins: bool):
+    def __init__(self, tokenizer: TextTokenizer, stops: StopStrings, record: ChoiceRecord, job: Job):
         self._detokenizer = tokenizer.detokenizer()
         self._scanner = StopScanner(stops)
-        self._keeps_origins = keeps_origins
+        self._num_unstopped = job.requests[0].sampling.min_tokens  # so many tokens are not searched for stop strings
+        self._keeps_origins, self._shows_stop = job.wants_provenance, job.shows_stop
         self._origins: list[Origin] = []  # since the last delivery
         self.record = record
 
@@ -188,11 +190,13 @@ class _Answer:
 
     def push(self, delta: TokenDelta) -> tuple[str, Round | None]:
         """Text that may go out, and the round as far as the client received it. Tokens behind a stop string count nowhere."""
-        with_text = delta.token_ids[:-1] if delta.finish_reason is FinishReason.STOP else delta.token_ids  # an end token has none
+        has_hidden_end = delta.finish_reason is FinishReason.STOP and not self._shows_stop
+        with_text = delta.token_ids[:-1] if has_hidden_end else delta.token_ids
         text, pieces = "", list[str]()
         while len(pieces) < len(with_text) and not self.is_cut:
             pieces.append(self._detokenizer.push(with_text[len(pieces)]))
-            text += self._scanner.push(pieces[-1])
+            is_searched = self.record.num_tokens + len(pieces) > self._num_unstopped
+            text += self._scanner.push(pieces[-1]) if is_searched else pieces[-1]
         if delta.finish_reason is not None and not self.is_cut:
             text += self._finish(delta.finish_reason)
             pieces += [""] * (len(delta.token_ids) - len(pieces))

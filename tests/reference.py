@@ -103,9 +103,10 @@ class NaiveCopying(NaiveModel):
             for place in range(len(tokens) - 1, n - 1, -1):
                 if tokens[place - n : place] == tokens[-n:]:
                     length = max(m for m in range(n, 17) if m <= place and tokens[place - m : place] == tokens[-m:])
-                    weight = length / (length + doubt)
-                    q = [(1 - weight) * x + weight * (i == tokens[place]) for i, x in enumerate(softmax(logits))]
-                    return tuple(math.log(x) if x else -1e4 for x in q)  # as a token that is never drafted
+                    # w = L / (L + doubt) of the distribution, so w / (1 - w) = L / doubt times all other weights together
+                    weights = [math.exp(x) for x in logits]
+                    weights[tokens[place]] += length / doubt * sum(weights)
+                    return tuple(math.log(x) if x else -1e4 for x in weights)  # as a token that is never drafted
         return logits
 
 
@@ -158,6 +159,25 @@ def draw(weights: list[float] | Row, u: float) -> int:
     return max(i for i, w in enumerate(weights) if w > 0)
 
 
+def masked(tokens: list[int], logits: Row, request: Request) -> Row:
+    """No end in front of min_tokens."""
+    sampling = request.sampling
+    is_early = len(tokens) - len(request.prompt_ids) < sampling.min_tokens
+    return tuple(-math.inf if is_early and i in sampling.stop_token_ids else x for i, x in enumerate(logits))
+
+
+def penalised(tokens: list[int], logits: Row, request: Request) -> Row:
+    """Bias, then repetition, then frequency and presence."""
+    sampling, emitted, row = request.sampling, tokens[len(request.prompt_ids) :], list(logits)
+    for i in range(len(row)):
+        row[i] += sampling.logit_bias.get(i, 0.0)
+        if i in tokens:
+            row[i] *= 1 / sampling.repetition_penalty if row[i] > 0 else sampling.repetition_penalty
+        if i in emitted:
+            row[i] -= emitted.count(i) * sampling.frequency_penalty + sampling.presence_penalty
+    return tuple(row)
+
+
 Change = Callable[[list[int], Row], Row]  # the text so far and logits, to logits
 
 
@@ -175,19 +195,25 @@ def answer(
 ) -> tuple[int, ...]:
     """What choice `choice` of a request must be: every position drafted, accepted or recovered by itself.
 
-    `mask` changes what rules and draws see, `penalty` what draws see.
+    `mask` changes what rules and draws see, `penalty` what draws see; both come on top of what the request asks for.
     """
     sampling, speculation = request.sampling, request.speculation
+
+    def seen(model: NaiveModel) -> tuple[Row, Row]:
+        """Logits as rules see them, and as draws do."""
+        logits = mask(tokens, masked(tokens, model.logits(tokens), request))
+        return logits, penalty(tokens, penalised(tokens, logits, request))
+
     tokens = list(request.prompt_ids)
     for position in range(len(tokens), len(tokens) + sampling.max_tokens):
         u = [uniform(sampling.seed, choice, position, purpose) for purpose in (DRAFT, ACCEPT, RECOVER)]
-        p_logits = mask(tokens, target.logits(tokens))
-        p = processed(penalty(tokens, p_logits), sampling)
+        p_logits, p_penalised = seen(target)
+        p = processed(p_penalised, sampling)
         if drafter is None or not speculation.enabled or position > drafter.context:
             token = draw(p, u[2])
         else:
-            q_logits = mask(tokens, drafter.logits(tokens))
-            q = processed(penalty(tokens, q_logits), sampling)
+            q_logits, q_penalised = seen(drafter)
+            q = processed(q_penalised, sampling)
             pi = pi_of(speculation.rule, speculation.alpha, Pair(softmax(q_logits), softmax(p_logits), q, p, sampling.is_greedy))
             token = draw(q, u[0])
             if u[1] * q[token] >= pi[token]:
@@ -202,7 +228,7 @@ def model_alone(request: Request, model: NaiveModel, purpose: int, choice: int =
     """Plain sampling from one model, with the numbers of one purpose."""
     tokens = list(request.prompt_ids)
     for position in range(len(tokens), len(tokens) + request.sampling.max_tokens):
-        row = processed(model.logits(tokens), request.sampling)
+        row = processed(penalised(tokens, masked(tokens, model.logits(tokens), request), request), request.sampling)
         tokens.append(draw(row, uniform(request.sampling.seed, choice, position, purpose)))
         if tokens[-1] in request.sampling.stop_token_ids:
             break

@@ -28,10 +28,11 @@ class Distributions:
 
     def of(self, logits: Tensor, rows: RowBatch) -> Rows:
         """`logits` [N, V] in any floating dtype; the result is in float32 or wider."""
-        masked = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        masked = logits
         for processor in self._masks:
             masked = processor.apply(masked, rows)
-        allowed = masked > -torch.inf if self._masks else None
+        allowed = None if masked is logits else masked > -torch.inf
         processed = masked
         for processor in self._others:
             processed = processor.apply(processed, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from engine.dials import DIALS
 from engine.errors import ContextLengthExceeded, InvalidRequest, QueueFull
@@ -33,9 +34,8 @@ class Admission:
         self._check_sampling(sampling)
         if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:
             raise ContextLengthExceeded(len(request.prompt_ids), sampling.max_tokens, info.max_model_len)
-        if not all(0 <= t < info.vocab_size for t in request.prompt_ids):
-            wrong = next(t for t in request.prompt_ids if not 0 <= t < info.vocab_size)
-            raise InvalidRequest(f"Token id {wrong} is outside the vocabulary of {info.vocab_size} tokens.", "prompt")
+        self._check_ids(request.prompt_ids, "prompt")
+        self._check_ids(sampling.logit_bias, "logit_bias")
         if not request.choices or len({choice.index for choice in request.choices}) < len(request.choices):
             raise InvalidRequest("A request needs at least one choice, and every choice an index of its own.", "choices")
         if any(len(choice.output_ids) >= sampling.max_tokens for choice in request.choices):
@@ -45,6 +45,11 @@ class Admission:
             raise InvalidRequest(
                 f"n is {len(request.choices)} and must be at most {info.max_sequences + self._max_queued}, what this server can hold.", "n"
             )
+
+    def _check_ids(self, ids: Iterable[int], param: str) -> None:
+        size = self._info.vocab_size
+        if (wrong := next((t for t in ids if not 0 <= t < size), None)) is not None:
+            raise InvalidRequest(f"Token id {wrong} is outside the vocabulary of {size} tokens.", param)
 
     def _check_speculation(self, speculation: SpeculationParams) -> None:
         rule, have = speculation.rule, f"this deployment has {', '.join(self._info.rules)}."
@@ -64,6 +69,11 @@ class Admission:
             ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
             ("top_k", sampling.top_k >= 0, "at least 0"),
             ("min_p", 0 <= sampling.min_p <= 1, "between 0 and 1"),
+            ("min_tokens", 0 <= sampling.min_tokens <= sampling.max_tokens, f"between 0 and max_tokens, {sampling.max_tokens}"),
+            ("repetition_penalty", 0 < sampling.repetition_penalty < math.inf, "above 0 and finite"),
+            ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "finite"),
+            ("presence_penalty", math.isfinite(sampling.presence_penalty), "finite"),
+            ("logit_bias", all(map(math.isfinite, sampling.logit_bias.values())), "finite"),
         )
         for name, holds, bound in bounds:
             if not holds:

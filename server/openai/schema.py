@@ -71,6 +71,9 @@ Text = Annotated[str, AfterValidator(_encodable)]
 Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
 Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts)]
 Stops = Annotated[list[Annotated[Text, Field(min_length=1, max_length=1024)]], Field(max_length=4), BeforeValidator(_as_list)]
+TokenId = Annotated[int, Field(ge=0, le=INT_MAX)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias], Field(max_length=1024)]
 
 
 # ---------------------------------------------------------------------- requests
@@ -106,6 +109,14 @@ class GenerationBody(Body):
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1, le=INT_MAX, description="0 or -1: off")
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    min_tokens: int | None = Field(None, ge=0, le=INT_MAX, description="no end token and no stop string counts in front of that many")
+    logit_bias: LogitBias | None = Field(None, description="added to the logits of tokens, by id")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False, description="for each time that the answer has a token")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False, description="for a token that the answer has")
+    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False, description="over prompt and answer; 1: off")
+    ignore_eos: bool | None = Field(None, description="true: the model's end tokens do not end the answer")
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="end the answer, beside the model's own")
+    include_stop_str_in_output: bool | None = Field(None, description="true: what ended the answer is part of it, if it has a text")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="every prompt of the request uses it; none: each has a random one")
     stop: Stops | None = None
     n: int | None = Field(None, ge=1, le=128)

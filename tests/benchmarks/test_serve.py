@@ -148,11 +148,11 @@ async def test_all_failed_is_exit_code_1(folder: Path) -> None:
 async def test_what_cannot_be_asked_is_one_line(folder: Path) -> None:
     async with fake_server(folder) as (url, _):
         unknown = await bench("--url", url, "--model", "nix")
-        refused = await bench("--url", url, "--ignore-eos")
+        refused = await bench("--url", url, "--speculation", '{"rule": "nix"}')
     gone = await bench("--url", url)
     for result, what in (
         (unknown, "Error: HTTP 404: The model 'nix' does not exist."),
-        (refused, "Error: HTTP 400: ignore_eos is not implemented"),
+        (refused, "Error: HTTP 400: speculation.rule"),
         (gone, f"Error: no connection: {url}/v1/models cannot be reached"),
     ):
         assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
@@ -212,9 +212,9 @@ def test_an_engine_in_this_process_with_a_tiny_model(tiny_config: Path) -> None:
 
 
 def test_an_engine_in_this_process_refuses_as_a_server_does(tiny_config: Path) -> None:
-    result = CliRunner().invoke(app, ["bench", "--config", str(tiny_config), "--ignore-eos"])
+    result = CliRunner().invoke(app, ["bench", "--config", str(tiny_config), "--speculation", '{"rule": "nix"}'])
     assert result.exit_code == 2
-    assert "Error: invalid request: ignore_eos is not implemented by this server yet." in result.stderr
+    assert "Error: invalid request: speculation.rule" in result.stderr
     assert result.stdout == ""
 
 

@@ -345,6 +345,31 @@ async def test_metrics_ride_on_the_usage_chunk(served: Served) -> None:
     assert all("usage" not in chunk for chunk in chunks_of(await served.chat(stream=True)))
 
 
+# ---------------------------------------------------------------------- what changes logits, and what ends an answer
+async def test_what_changes_logits_reaches_the_engine(served: Served) -> None:
+    fields = {
+        "frequency_penalty": -1,
+        "presence_penalty": 0.5,
+        "repetition_penalty": 1.2,
+        "min_tokens": 3,
+        "logit_bias": {"7": -100, "2": 1.5},
+    }
+    for response in (await served.chat(**fields), await served.complete(**fields)):
+        assert response.status_code == 200
+        assert "x-cascade-ignored" not in response.headers
+    for request in served.engine.requests:
+        sampling = request.sampling
+        assert (sampling.frequency_penalty, sampling.presence_penalty, sampling.repetition_penalty) == (-1, 0.5, 1.2)
+        assert (sampling.min_tokens, sampling.logit_bias) == (3, {7: -100, 2: 1.5})
+
+
+async def test_which_tokens_end_an_answer(served: Served) -> None:
+    for fields in ({}, {"stop_token_ids": [5]}, {"ignore_eos": True, "stop_token_ids": [5, 5]}, {"ignore_eos": True}):
+        await served.chat(**fields)
+    own = served.engine.info.end_token_ids
+    assert [request.sampling.stop_token_ids for request in served.engine.requests] == [own, (*own, 5), (5,), ()]
+
+
 # ---------------------------------------------------------------------- what is ignored, and what is not implemented
 async def test_ignored_fields_are_named(served: Served) -> None:
     fields = {"metadata": {"a": "b"}, "user": "me", "store": None, "no_such": 1, "ü, b\r\n": 2, "stream": False}
@@ -366,15 +391,11 @@ async def test_ignored_fields_are_named(served: Served) -> None:
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 1}),
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
         ("prediction", {"type": "content", "content": "x"}),
         ("suffix", "x"),
         ("echo", True),
         ("best_of", 2),
         ("audio", {}),
-        ("stop_token_ids", [1]),
         ("logprobs", 0),
     ],
 )
@@ -417,6 +438,15 @@ async def test_neutral_values_are_served(served: Served) -> None:
         ({"top_p": 0}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -2.1}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": {"one": 1}}, "logit_bias.one.[key]"),
+        ({"logit_bias": {"999999999": 1}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"seed": 2**64}, "seed"),

@@ -1,8 +1,10 @@
-"""Requests for the tests of equal text: shared prefixes, every rule, both temperatures, truncation, stop tokens, `enabled: false`."""
+"""Requests for the tests of equal text: shared prefixes, every rule, both temperatures, truncation, biases, penalties, stop tokens, and
+`enabled: false`."""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from engine.request import Request, SamplingParams, SpeculationParams
 from tests.tiny import VOCAB
@@ -39,13 +41,26 @@ def prompt(i: int) -> tuple[int, ...]:
     return HEAD[: 5 + i % 5] + tuple(rng.randrange(VOCAB) for _ in range(1 + i % 4))
 
 
+def wishes(i: int, every: int) -> dict[str, Any]:
+    """What changes logits, in turn for each request of which `i` is a multiple of `every`."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {"frequency_penalty": 0.6, "presence_penalty": -0.3},
+        {"repetition_penalty": 1.4},
+        {"logit_bias": {1: 1.5, 3: -100.0, 7: 1.0}},
+        {"repetition_penalty": 0.8, "presence_penalty": 0.5, "logit_bias": {2: 0.7}},
+    )
+    return {"min_tokens": 4 * (i % 2), **(kinds[i // every % 4] if i % every == 0 else {})}
+
+
 def greedy(num: int) -> list[Request]:
     """Greedy exact requests, unseeded; every third is `enabled: false`, every fourth can stop early."""
     return [
         Request(
             id=f"r{i}",
             prompt_ids=prompt(i),
-            sampling=SamplingParams(max_tokens=6 + i % 7, temperature=0.0, stop_token_ids=(3, 5) if i % 4 == 3 else ()),
+            sampling=SamplingParams(
+                max_tokens=6 + i % 7, temperature=0.0, stop_token_ids=(3, 5) if i % 4 == 3 else (), **wishes(i, every=2)
+            ),
             speculation=SpeculationParams(enabled=i % 3 != 2),
         )
         for i in range(num)
@@ -69,6 +84,7 @@ def seeded() -> list[Request]:
                 seed=i // 3 - 2,
                 is_seeded=True,
                 stop_token_ids=(7,) if i % 5 == 4 else (),
+                **wishes(i, every=3),
             ),
             speculation=SpeculationParams(rule=rule, alpha=alpha, enabled=enabled, max_draft=2 if i % 7 == 6 else None),
         )
