@@ -164,20 +164,26 @@ class StepTiming:
     drafter_seconds: float
 
 
-Draft = tuple[Sequence, ListLike[float]]  # whose, and of each row that this round's drafts were drawn from its largest raw probability
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """A sequence that has just drafted one more token."""
+
+    seq: Sequence
+    confidences: ListLike[float]  # of the rows that its drafts were drawn from, largest raw probabilities; empty unless they are read
+    room: int  # how many more drafts it may make
 
 
 class DraftLengthPolicy(Protocol):
     """How many tokens to draft. May look at rows, counts and times, never at a drafted token: the law of the text may not depend on it."""
 
     max_length: int
-    reads_confidence: bool  # the drafter is to hand confidences to `who_goes_on`
+    reads_confidence: bool  # whether it looks at the confidences of drafts
 
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
         """Drafts for each sequence, chosen for the whole batch together: at most its limit, in all at most `budget`."""
 
-    def who_goes_on(self, drafting: ListLike[Draft]) -> list[bool]:
-        """Of those that have just drafted one more, who is to draft on. Confidences are empty unless `reads_confidence`."""
+    def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
+        """Who is to draft on, of those that still drafted. Asked behind every call of the drafter."""
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         """What became of a sequence's drafts. `confidences` is empty where the drafter has none."""
@@ -225,4 +231,4 @@ class LogitsProcessor(Protocol):
     is_mask: bool  # a hard mask, which rules see, too: entries become -inf or stay as they are
 
     def apply(self, logits: Tensor, rows: RowBatch) -> Tensor:
-        """[N, V] to [N, V], a new tensor."""
+        """[N, V] to [N, V]: a new tensor, or the same one where nothing changes."""

@@ -28,7 +28,7 @@ from operator import mul
 from engine.draft.calibration import Calibration
 from engine.draft.costs import PassCosts
 from engine.draft.length import FixedLength, share_budget
-from engine.plan import Draft, StepTiming
+from engine.plan import Drafting, StepTiming
 from engine.sequence import Sequence
 
 _PRIOR_RATE = 0.7  # of a draft in front of which all stood, before anything is known
@@ -85,6 +85,16 @@ class _Round:
     stand: dict[Sequence, float] = field(default_factory=dict)  # of each sequence's drafts so far, how many are expected to
 
 
+@dataclass(frozen=True, slots=True)
+class _Chance:
+    """What drafting on may bring for one sequence."""
+
+    next: float  # that its next draft stands
+    mean: float  # that any further one does, in front of which all stood
+    room: int  # drafts that it may still make
+    place: int  # among those that were asked about
+
+
 class AdaptiveLength(FixedLength):
     """Chooses lengths by expected tokens a second."""
 
@@ -122,37 +132,38 @@ class AdaptiveLength(FixedLength):
             lengths[b] = 1
         return lengths
 
-    def who_goes_on(self, drafting: ListLike[Draft]) -> list[bool]:
+    def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
         """Those whose further drafts would raise expected tokens a second."""
         now = self._round
         now.drafter_seconds += self._call(len(drafting))
         now.num_rows += len(drafting)
-        survivals, means = list[float](), list[float]()
-        for seq, confidences in drafting:
-            calibration = self._calibration(seq)
-            chances = list(accumulate(map(calibration.rate, confidences), mul))
-            now.tokens += sum(chances) - now.stand.get(seq, 0.0)
-            now.stand[seq] = sum(chances)
-            survivals.append(chances[-1])
-            means.append(calibration.mean_rate)
-        likeliest = sorted(range(len(drafting)), key=lambda i: -survivals[i])
-        num = self._num_to_go_on(
-            [survivals[i] for i in likeliest], [means[i] for i in likeliest], self.max_length - max(len(c) for _, c in drafting)
-        )
-        going = set(likeliest[:num])
+        chances = list[_Chance]()
+        for i, draft in enumerate(drafting):
+            calibration = self._calibration(draft.seq)
+            survivals = list(accumulate(map(calibration.rate, draft.confidences), mul))
+            now.tokens += sum(survivals) - now.stand.get(draft.seq, 0.0)
+            now.stand[draft.seq] = sum(survivals)
+            if draft.room:
+                chances.append(_Chance(survivals[-1] * calibration.mean_rate, calibration.mean_rate, draft.room, i))
+        chances.sort(key=lambda chance: -chance.next)
+        going = {chance.place for chance in chances[: self._num_to_go_on(chances)]}
         return [i in going for i in range(len(drafting))]
 
-    def _num_to_go_on(self, survivals: ListLike[float], means: ListLike[float], most: int) -> int:
-        """How many of the sequences, those that are likeliest to stand so far being first, are to make up to `most` more drafts."""
+    def _num_to_go_on(self, chances: ListLike[_Chance]) -> int:
+        """How many of these, in their order, are to draft on."""
         now, best = self._round, 0
         best_rate = now.tokens / (self._target.at(now.num_rows) + now.drafter_seconds)
-        further = [0.0] * most  # how many of the next, the second next ... drafts of the first `num` sequences are expected to stand
-        for num, (survival, mean) in enumerate(zip(survivals, means, strict=True), 1):
-            further = [sum_ + survival * mean ** (i + 1) for i, sum_ in enumerate(further)]
-            for length, gained in enumerate(accumulate(further), 1):
-                seconds = self._target.at(now.num_rows + num * length) + now.drafter_seconds + length * self._call(num)
-                if (now.tokens + gained) / seconds > best_rate:
-                    best, best_rate = num, (now.tokens + gained) / seconds
+        most = max((chance.room for chance in chances), default=0)
+        gained, num_drafts = [0.0] * most, [0] * most  # of the next, the second next ... drafts of the first `num` sequences
+        for num, chance in enumerate(chances, 1):
+            call = self._call(num)
+            for depth in range(chance.room):
+                gained[depth] += chance.next * chance.mean**depth
+                num_drafts[depth] += 1
+            for length, (tokens, rows) in enumerate(zip(accumulate(gained), accumulate(num_drafts), strict=True), 1):
+                rate = (now.tokens + tokens) / (self._target.at(now.num_rows + rows) + now.drafter_seconds + length * call)
+                if rate > best_rate:
+                    best, best_rate = num, rate
         return best
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
@@ -171,6 +182,7 @@ class AdaptiveLength(FixedLength):
 
     def forget(self, seq: Sequence) -> None:
         self._histories.pop(seq, None)
+        self._round.stand.pop(seq, None)
 
     def _best(self, slots: list[tuple[float, int, int]], num_seqs: int, num_rows: int, drafter_seconds: float) -> int:
         """How many of the slots to take. `num_rows` of the target and `drafter_seconds` are spent in any case."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence as ListLike
 from math import prod
 
 from engine.draft.length import FixedLength
-from engine.plan import Draft
+from engine.plan import Drafting
 from engine.sequence import Sequence
 
 _MIN_SAMPLES = 20
@@ -38,8 +38,8 @@ class ConfidenceLength(FixedLength):
         self._samples: deque[tuple[float, bool]] = deque(maxlen=_MEMORY)
         self._num_rounds = 0
 
-    def who_goes_on(self, drafting: ListLike[Draft]) -> list[bool]:
-        return [self._score(confidences) >= self.threshold for _, confidences in drafting]
+    def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
+        return [self._score(draft.confidences) >= self.threshold for draft in drafting]
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         for i in range(min(num_draft, num_accepted + 1, len(confidences))):

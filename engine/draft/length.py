@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence as ListLike
 
-from engine.plan import Draft, StepTiming
+from engine.plan import Drafting, StepTiming
 from engine.sequence import Sequence
 
 
@@ -37,7 +37,7 @@ class FixedLength:
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
         return share_budget([min(self.max_length, limit) for limit in limits], budget)
 
-    def who_goes_on(self, drafting: ListLike[Draft]) -> list[bool]:
+    def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
         return [True] * len(drafting)
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.draft.copying import Copying
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
-from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
+from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
 from engine.sampling.distributions import Distributions
 from engine.sampling.draws import Purpose, draw, uniforms
 from engine.sequence import Sequence
@@ -190,7 +190,7 @@ class ModelDrafter:
                 draft.drafted.append(token_id)
         for draft in drafts:
             draft.num_drafted += 1
-        goes_on = self._policy.who_goes_on([(d.seq, d.confidences[: d.num_drafted]) for d in drafts])
+        goes_on = self._policy.who_goes_on([self._drafting(d) for d in drafts])
         for draft, is_sure in zip(drafts, goes_on, strict=True):
             draft.is_unsure = not is_sure
         run = [i for i, d in enumerate(drafts) if d.wants_row_behind() and d.computed < self._context_length]
@@ -202,6 +202,10 @@ class ModelDrafter:
                 draft.computed += 1
                 draft.num_calls += 1
         return len(drafts)
+
+    def _drafting(self, draft: _Draft) -> Drafting:
+        room = draft.chunk.max_draft - draft.num_drafted if draft.computed < self._context_length else 0
+        return Drafting(draft.seq, draft.confidences[: draft.num_drafted], room)
 
     def _batch(self, drafts: list[_Draft], table: _Table) -> DraftBatch:
         width = table.probs.shape[1]

@@ -33,10 +33,11 @@ class KVCache:
         """Keys and values [G, heads, L, head_dim] at slots [G, L]; good until the next call, which writes to the same place.
 
         Fresh memory for every layer would cost more than the copy: beyond 32 MiB the C library hands it back to the system each time,
-        and each of its pages is then faulted in again (64 x 400 slots of 1.5 KiB took 36 ms a layer, and now 4).
+        and each of its pages is then faulted in again (64 x 400 slots of 1.5 KiB took 36 ms a layer, and now 4). What the
+        largest batch needed stays: one layer's share of the slots in use, blocks that sequences share counting for each of them.
         """
         if self._read.shape[0] < slots.numel():
-            self._read = self._read.new_empty(slots.numel(), *self._read.shape[1:])
+            self._read = self._read.new_empty(slots.numel() * 5 // 4, *self._read.shape[1:])  # answers grow by a token every step
         kv = self._read[: slots.numel()]
         torch.index_select(self._layers[layer], 0, slots.flatten(), out=kv)
         kv = kv.view(*slots.shape, *self._shape)

@@ -67,8 +67,7 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, shrink = linear.weight.detach().float(), None
         if inputs.largest is not None:
-            floor = torch.finfo(torch.float32).eps  # an input that was never seen, or is never read, is not to be blown up without end
-            shares = (inputs.largest.float().clamp_min(floor) / weight.abs().amax(0).clamp_min(floor)).sqrt()  # [in]
+            shares = (_no_less(inputs.largest.float()) / _no_less(weight.abs().amax(0))).sqrt()  # [in]
             weight, shrink = weight * shares, nn.Buffer(1 / shares, persistent=False)
         steps = weight.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127  # [out]
         self.packed = nn.Buffer(onednn.pack_int8((weight / steps.unsqueeze(-1)).round().to(torch.int8)), persistent=False)
@@ -89,6 +88,11 @@ class Int8Linear(nn.Module):
             quantised, largest = onednn.to_uint8(x)
             y = onednn.linear_int8(quantised, self.packed, self.scales).mul_(largest)
         return y if self.bias is None else y + self.bias
+
+
+def _no_less(largest: Tensor) -> Tensor:
+    """[in], none far below the mean: an input that was hardly seen may still come, and one that is hardly read is not to be blown up."""
+    return largest.clamp_min(max(float(largest.mean()) / 20, torch.finfo(torch.float32).tiny))
 
 
 def joined(linears: ListLike[nn.Linear]) -> nn.Linear:

@@ -78,7 +78,10 @@ def to_uint8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_uint8_twice(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`to_uint8` of x [..., in] and of what it leaves over, in REMAINDER_STEPS steps of 128 more: [2, ..., in], and magnitudes [..., 1]."""
+    """`to_uint8` of x [..., in], and likewise around 128 what that leaves over, REMAINDER_STEPS to one step of the first: [2, ..., in].
+
+    And the magnitudes [..., 1], which are those of the first.
+    """
     steps, largest = _steps(x)
     rounded = steps.to(torch.uint8)
     # the fraction that was cut off lacks the half that was added: -0.5 to 0.5
@@ -87,6 +90,7 @@ def to_uint8_twice(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _steps(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `to_uint8` cuts off to integers, in fresh memory; and magnitudes."""
     largest = x.abs().amax(-1, keepdim=True)  # vector_norm(inf) and aminmax take 3 to 10 times as long
     return torch.addcdiv(_HALF_UP, x, largest, value=127), largest
 

@@ -8,8 +8,9 @@ model is known by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -105,19 +106,19 @@ class DecoderStack:
         return watch, expected
 
     @torch.inference_mode()
-    def _largest_inputs(self) -> dict[nn.Module, Tensor]:
+    def _largest_inputs(self) -> Mapping[nn.Module, Tensor]:
         """How large each input [in] of each linear layer gets over a text of any tokens.
 
         Which inputs are large is the model's property and hardly the text's. They are largest at the first position, which all others
         look at.
         """
-        found: dict[nn.Module, Tensor] = {}
+        found: MutableMapping[nn.Module, Tensor] = WeakKeyDictionary()  # it must not keep a layer that was replaced
 
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             found[module] = args[0].flatten(0, -2).abs().amax(0)
 
         hooks = [module.register_forward_pre_hook(note) for module in self._model.modules() if isinstance(module, nn.Linear)]
-        self._model(self._ids(_OBSERVED).unsqueeze(0), use_cache=False, watch=Watch(self.config.model_type))
+        self._model(self._ids(_OBSERVED, first=100).unsqueeze(0), use_cache=False, watch=Watch(self.config.model_type))
         for hook in hooks:
             hook.remove()
         return found
@@ -160,9 +161,9 @@ class DecoderStack:
     def _check_ids(self) -> list[Tensor]:
         return [self._ids(n) for n in (9, 5)]
 
-    def _ids(self, num: int) -> Tensor:
-        """Fixed ids [num] from all over the vocabulary, so that a start is repeatable."""
-        return torch.arange(1, num + 1, device=self.device) * 7919 % self.vocab_size
+    def _ids(self, num: int, first: int = 1) -> Tensor:
+        """Fixed ids [num] from all over the vocabulary, so that a start is repeatable. What is checked is not what is observed."""
+        return torch.arange(first, first + num, device=self.device) * 7919 % self.vocab_size
 
 
 def _rotary_kinds(model: Any) -> list[tuple[str, ...]]:

@@ -32,9 +32,19 @@ _BLOCK_SIZE = 16
 
 
 def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path) -> dict[int, float]:
-    """Seconds by rows. `key` says whose they are; processor, threads and torch are added to it."""
+    """Seconds by rows. `key` says whose they are; processor, threads and torch are added to it.
+
+    Raise "kernels" when passes begin to take another time for the same weights.
+    """
     device = torch.cuda.get_device_name(stack.device) if stack.device.type == "cuda" else platform.processor() or platform.machine()
-    whose = {**key, "statistic": "least", "device": device, "threads": str(torch.get_num_threads()), "torch": torch.__version__}
+    whose = {
+        **key,
+        "statistic": "least",
+        "kernels": "2",
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
     file = cache_dir / "costs" / f"{hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()[:16]}.json"
     known = _read(file, whose)
     if known is None:

@@ -20,11 +20,9 @@ from engine.errors import ConfigError
 from engine.train.batches import Batch, collate, in_passes, passes
 from engine.train.checkpoint import RunFolder
 from engine.train.config import TrainingConfig
-from engine.train.losses import Judgement, TargetRows, joined, judge
+from engine.train.losses import CACHED_ROWS, Judgement, TargetRows, joined, judge
 from engine.train.models import Student, Teacher, parameter_groups
 from engine.train.shards import Example
-
-_CACHED_ROWS = 64
 
 
 @dataclass
@@ -185,8 +183,7 @@ class Distillation:
             yield rows, self._judge(hidden[rows].to(dtype) @ weight.T, target(rows), needs_gradient)
 
     def _judge(self, drafter: Tensor, target: TargetRows, needs_gradient: bool) -> Judgement:
-        """On a CPU a few rows at a time, which stay in its caches: a dozen passes over large matrices would each go through memory."""
-        num_rows = _CACHED_ROWS if self._device.type == "cpu" else len(drafter)
+        num_rows = CACHED_ROWS if self._device.type == "cpu" else len(drafter)
         parts = [
             judge(d, t, self._config.loss, self._student.draft_ids, needs_gradient)
             for d, t in zip(drafter.split(num_rows), target.split(num_rows), strict=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped

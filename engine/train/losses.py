@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Loss = Literal["kl", "tv"]
+CACHED_ROWS = 64  # over a vocabulary that are judged at a time on a CPU: a dozen passes over more would each go through memory
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class TargetRows:
 @torch.no_grad()
 def target_rows(logits: Tensor, draft_ids: Tensor | None = None) -> TargetRows:
     """Of logits [R, V], float32 at least; `draft_ids` [N] are the tokens of the drafter's head, None all."""
-    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    return TargetRows(log_p if draft_ids is None else log_p.index_select(-1, draft_ids), log_p.argmax(-1))
+    parts = []
+    for some in logits.split(CACHED_ROWS if logits.device.type == "cpu" else len(logits)):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        log_p = torch.log_softmax(some.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+        parts.append((log_p if draft_ids is None else log_p.index_select(-1, draft_ids), log_p.argmax(-1)))
+    return TargetRows(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError
-from engine.model.linear import choose
+from engine.model.linear import UNKNOWN, choose, some_outputs
 from engine.model.loader import end_token_ids, load, read_config, resolve_device, resolve_dtype
 from engine.model.source import CONFIG_FILE, Progress, resolve, silent
 from engine.train.checkpoint import RunFolder
@@ -74,11 +74,12 @@ def distil(
     student = _student(config, target, [examples[i] for i in learnt], end_token_ids(path), device)
     if config.training.precision == "bfloat16":
         target.to(torch.bfloat16)  # behind the student, which may take weights of it
-    head = target.lm_head.weight.detach()
-    pack_linears(target, choose("none", target.dtype, device))
-    if config.training.keep_states:
+    kind = choose("none", target.dtype, device)
+    head = kind.make(target.lm_head if student.draft_ids is None else some_outputs(target.lm_head, student.draft_ids), UNKNOWN)
+    pack_linears(target, kind)
+    if config.training.keep_states and not is_export_only:
         places = _kept(config, target, shards, by_shard, watch)
-        teacher, examiner = (KeptTeacher(head, student.draft_ids, [places[i] for i in side]) for side in (learnt, held_out))
+        teacher, examiner = (KeptTeacher(head, device, target.dtype, [places[i] for i in side]) for side in (learnt, held_out))
         teachers: tuple[Teacher, Teacher] = teacher, examiner
     else:
         teachers = (TargetTeacher(target, student.draft_ids),) * 2

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.train.batches import Batch, collate, in_passes
-from engine.train.losses import TargetRows
+from engine.train.losses import CACHED_ROWS, TargetRows
 from engine.train.models import RowsOf, hidden_rows
 from engine.train.shards import Example, write_whole
 
 FORMAT = 2  # raise it when the same target and examples would give another file
 _HEADER = "cascade"
 _STATES, _NORMALIZERS, _FAVOURITES = _NAMES = "states", "log_normalizers", "favourites"  # [R, hidden], [R], [R]
-_LOGIT_ROWS = 64  # over the vocabulary, at a time
 
 
 @dataclass(frozen=True)
@@ -42,24 +41,24 @@ class Rows:
 class KeptTeacher:
     """Reads states and runs as much of the target's head as is learnt from."""
 
-    def __init__(self, head: Tensor, draft_ids: Tensor | None, rows: Sequence[Rows]):
-        """`head` [V, hidden] is the target's; `draft_ids` [N] are the tokens to be learnt, None all.
+    def __init__(self, head: Callable[[Tensor], Tensor], device: torch.device, dtype: torch.dtype, rows: Sequence[Rows]):
+        """`head` is as much of the target's as is learnt, [R, hidden] of `dtype` to [R, N].
 
         `rows` are those of the examples that batches are made of.
         """
-        self._head = head if draft_ids is None else head.index_select(0, draft_ids)
+        self._head, self._device, self._dtype = head, device, dtype
         self._rows = rows
         self._files: dict[Path, dict[str, Any]] = {}
 
     @torch.inference_mode()
     def rows_of(self, batch: Batch) -> RowsOf:
         parts = [self._read(self._rows[index]) for index in batch.examples]
-        states, normalizers, favourites = (torch.cat(columns).to(self._head.device) for columns in zip(*parts, strict=True))
-        states = states.to(self._head.dtype)
+        states, normalizers, favourites = (torch.cat(columns).to(self._device) for columns in zip(*parts, strict=True))
+        states = states.to(self._dtype)
 
         @torch.inference_mode()
         def rows(some: slice) -> TargetRows:
-            logits = states[some] @ self._head.T
+            logits = self._head(states[some])
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sub_(normalizers[some, None])
             return TargetRows(log_p, favourites[some].long())
 
@@ -95,7 +94,7 @@ def _computed(model: Any, examples: Sequence[Example], firsts: Sequence[int], nu
     for chosen in in_passes(range(len(examples)), [len(example) for example in examples], pass_tokens):
         batch = collate(examples, chosen).to(model.device)
         states = hidden_rows(model, batch)
-        summed = [_normalizers(model.lm_head(some)) for some in states.split(_LOGIT_ROWS)]  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        summed = [_normalizers(model.lm_head(some)) for some in states.split(CACHED_ROWS)]  # type: ignore[no-untyped-call]  # torch leaves it untyped
         at = torch.cat([torch.arange(firsts[i], firsts[i] + count) for i, count in zip(batch.examples, batch.counts, strict=True)])
         kept[_STATES][at] = states.to("cpu", torch.float16)
         kept[_NORMALIZERS][at] = torch.cat([normalizers for normalizers, _ in summed]).to("cpu", torch.float32)

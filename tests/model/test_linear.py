@@ -126,8 +126,26 @@ def test_8_bit_rows_have_the_same_bits_beside_any_others(inputs: Inputs) -> None
 
 
 @needs_int8
-def test_an_empty_row_is_zero() -> None:
-    assert torch.equal(Int8Linear(layer(32, 16))(torch.zeros(2, 32)), torch.zeros(2, 16))
+@pytest.mark.parametrize("inputs", [UNKNOWN, Inputs(torch.linspace(0, 9, 32), has_heavy_tails=True)], ids=["plain", "shared out, twice"])
+def test_an_empty_row_is_zero(inputs: Inputs) -> None:
+    assert torch.equal(Int8Linear(layer(32, 16), inputs)(torch.zeros(2, 32)), torch.zeros(2, 16))
+
+
+@needs_int8
+def test_an_input_that_was_not_seen_may_still_come() -> None:
+    own, x = layer(256, 128), rows(20, 256)
+    largest = x.abs().amax(0)
+    largest[5] = 0
+    assert error_of(Int8Linear(own, Inputs(largest, has_heavy_tails=True)), own, x) < 0.03
+
+
+@needs_int8
+def test_all_layers_of_a_model_are_shared_out_and_one_kind_runs_twice() -> None:
+    stack = DecoderStack(copy.deepcopy(target_model()).float(), choose("int8", torch.float32, CPU))
+    found = {name: module for name, module in stack._model.named_modules() if isinstance(module, Int8Linear)}
+    assert {name.rpartition(".")[2] for name in found} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"}
+    assert all(module.shrink is not None for module in found.values())
+    assert all(module.has_remainders == name.endswith("down_proj") for name, module in found.items())
 
 
 # ---------------------------------------------------------------------- joined

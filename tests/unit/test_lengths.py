@@ -13,7 +13,7 @@ from engine.draft.adaptive import AdaptiveLength
 from engine.draft.calibration import Calibration
 from engine.draft.confidence import ConfidenceLength, best_threshold
 from engine.draft.costs import ROWS, PassCosts
-from engine.plan import StepTiming
+from engine.plan import Drafting, StepTiming
 from engine.request import Choice, SamplingParams
 from engine.sequence import Sequence
 from tests.unit.factories import make_request
@@ -113,7 +113,7 @@ def test_a_drafter_that_costs_much_drafts_little() -> None:
 def drafted(policy: AdaptiveLength, seq: Sequence, confidences: list[float]) -> int:
     """How many drafts are made where rows have these confidences."""
     (most,) = policy.lengths([seq], [len(confidences)], BUDGET - 1)
-    return next((num for num in range(1, most) if not policy.who_goes_on([(seq, confidences[:num])])[0]), most)
+    return next((num for num in range(1, most) if not policy.who_goes_on([Drafting(seq, confidences[:num], most - num)])[0]), most)
 
 
 @dataclass
@@ -170,7 +170,7 @@ def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
             num = 0
             while num < limit:
                 num += 1
-                if policy is not None and not policy.who_goes_on([(seq, confidences[place : place + num])])[0]:
+                if policy is not None and not policy.who_goes_on([Drafting(seq, confidences[place : place + num], limit - num)])[0]:
                     break
             good = next((i for i in range(num) if not stands[place + i]), num)
             target, drafter = 1 + 0.01 * num, call * num
@@ -185,19 +185,28 @@ def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
     assert got > 1.03 * best, (got, best)
 
 
+def asked(policy: AdaptiveLength, confidences: list[float], rooms: list[int]) -> list[bool]:
+    """Who goes on behind one draft each."""
+    seqs = sequences(len(confidences))
+    policy.lengths(seqs, [room + 1 for room in rooms], BUDGET - len(seqs))
+    found = policy.who_goes_on([Drafting(seq, [c], room) for seq, c, room in zip(seqs, confidences, rooms, strict=True)])
+    for seq in seqs:
+        policy.forget(seq)
+    assert not policy._round.stand
+    return found
+
+
 def test_one_alone_pays_for_a_whole_call() -> None:
     """Calls that cost the same however many draft in them: what four share pays, and one of them alone does not."""
-    sure, unsure = [0.65], [0.05]
-    policy, seqs = adaptive({1: 1.0, 64: 1.5}, {1: 0.15, 64: 0.15}), sequences(4)
-    for together, wanted in (([sure] * 4, [True] * 4), ([sure, unsure, unsure, unsure], [False] * 4)):
-        policy.lengths(seqs, [8] * 4, BUDGET - 4)
-        assert policy.who_goes_on(list(zip(seqs, together, strict=True))) == wanted
+    policy = adaptive({1: 1.0, 64: 1.5}, {1: 0.15, 64: 0.15})
+    assert asked(policy, [0.65] * 4, [7] * 4) == [True] * 4
+    assert asked(policy, [0.65, 0.05, 0.05, 0.05], [7] * 4) == [False] * 4
+    assert asked(policy, [0.65, 0.95, 0.95, 0.95], [7, 0, 0, 0]) == [False] * 4, "who may not go on does not share in the cost"
 
 
 def test_the_likeliest_go_on() -> None:
-    policy, seqs = adaptive({1: 1.0, 64: 3.0}, {1: 0.1, 64: 0.2}), sequences(4)
-    policy.lengths(seqs, [8] * 4, BUDGET - 4)
-    assert policy.who_goes_on(list(zip(seqs, ([0.95], [0.05], [0.75], [0.05]), strict=True))) == [True, False, True, False]
+    policy = adaptive({1: 1.0, 64: 3.0}, {1: 0.1, 64: 0.2})
+    assert asked(policy, [0.95, 0.05, 0.75, 0.05], [7] * 4) == [True, False, True, False]
 
 
 def test_after_a_while_without_drafts_one_is_tried() -> None:
@@ -227,8 +236,8 @@ def test_drafting_stops_behind_an_unsure_row() -> None:
     (seq,) = sequences(1)
     newest, product = (ConfidenceLength(8, 0.4, is_cumulative) for is_cumulative in (False, True))
     rows = ([0.9], [0.9, 0.4], [0.9, 0.39], [0.1, 0.9])
-    assert newest.who_goes_on([(seq, confidences) for confidences in rows]) == [True, True, False, True]
-    assert product.who_goes_on([(seq, confidences) for confidences in ([0.9], [0.6, 0.7], [0.6, 0.6])]) == [True, True, False]
+    assert newest.who_goes_on([Drafting(seq, confidences, 1) for confidences in rows]) == [True, True, False, True]
+    assert product.who_goes_on([Drafting(seq, confidences, 1) for confidences in ([0.9], [0.6, 0.7], [0.6, 0.6])]) == [True, True, False]
 
 
 def test_the_threshold_is_where_missing_and_wasting_cost_least() -> None:
@@ -251,7 +260,7 @@ def test_the_threshold_learns() -> None:
     for _ in range(64):
         policy.observe(seq, 3, 2, (0.9, 0.8, 0.5))
     assert policy.threshold == 0.8
-    assert policy.who_goes_on([(seq, [0.9, 0.7])]) == [False]
+    assert policy.who_goes_on([Drafting(seq, [0.9, 0.7], 1)]) == [False]
 
 
 def test_drafts_behind_the_end_of_an_answer_say_nothing_of_confidence() -> None:
