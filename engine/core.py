@@ -14,6 +14,7 @@ from engine.model.runner import ModelRunner
 from engine.plan import DraftBatch, Drafter, RowBatch, StepPlan, StepTiming, Verdict
 from engine.request import Request, TokenDelta
 from engine.sampling.distributions import Distributions
+from engine.sampling.logprobs import logprobs_of
 from engine.sched.scheduler import Scheduler, SchedulerCounters
 from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.verify.verifier import Verifier
@@ -74,7 +75,7 @@ class EngineCore:
         p = parts.distributions.of(logits, rows)
         verdict = parts.verifier.verify(drafts, p, rows)
         parts.scheduler.policy.observe_step(_timing(plan, drafts, (began, drafted, time.perf_counter())))
-        deltas = parts.scheduler.commit(plan, drafts, verdict)
+        deltas = parts.scheduler.commit(plan, drafts, verdict, logprobs_of(logits, rows, verdict))
         self._observe(plan, verdict)
         stats = self._stats(plan, drafts, deltas, before, time.perf_counter() - began)
         return StepOutput(deltas=tuple(deltas), stats=stats)

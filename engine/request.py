@@ -44,6 +44,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0  # taken off the logits of all tokens that the answer has
     stop_token_ids: tuple[int, ...] = ()  # emitted, and then the answer ends; callers include EngineInfo.end_token_ids
 
+    num_logprobs: int | None = None  # how many of a position's likeliest tokens to report beside the emitted one; None reports nothing
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
@@ -85,6 +87,13 @@ class Round(msgspec.Struct, frozen=True):
     lossy_mask: int = 0  # bit i: draft i stands under the rule, and the same coin would have rejected it under exact
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """How likely the target itself found an emitted token: at temperature 1, in front of masks, biases and penalties."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # token and log-probability, the likeliest first
+
+
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens that one step added to one choice."""
 
@@ -93,6 +102,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     round: Round | None = None  # None where nothing was drafted
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each token; empty unless asked for
     drafted_mask: int = 0  # bit i: token i is the drafter's own word, kept; the others were drawn by the target or from pi
     num_cached_tokens: int = 0  # leading prompt tokens that were not computed again
     queue_seconds: float = 0.0  # from arrival to the first step that ran a token of it

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from engine.client import Stream
 from engine.errors import EngineDead, ServerError
-from engine.request import FinishReason, Request, Round, TokenDelta
+from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
 from server.deps import Serving
 from server.detokenize import StopScanner, StopStrings
 from server.record import ChoiceRecord, RequestRecord
@@ -40,15 +40,21 @@ class Job:
     shows_stop: bool = False  # what ended an answer, if it has a text, is part of the answer
     arrived_at: float = field(default_factory=time.monotonic)
 
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.requests[0].sampling.num_logprobs
+
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where one token comes from."""
+class EmittedToken:
+    """One token of an answer: where it comes from, and how likely it was."""
 
     token_id: int
     text: str  # what it adds to the text; nothing in the middle of a character, and for an end token
     is_drafted: bool  # the drafter's word stands; else target or rule drew it
     is_lossy: bool  # it stands, and exact verification would have rejected it
+    is_hidden: bool  # it ended the answer and is no part of it
+    logprobs: TokenLogprobs | None  # if the job wants them
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class TextDelta:
     index: int
     text: str
     finish_reason: str | None
-    origins: tuple[Origin, ...] = ()  # of its tokens, if the job wants them
+    tokens: tuple[EmittedToken, ...] = ()  # if the job wants to know of them
 
 
 class Generation:
@@ -179,8 +185,9 @@ class _Answer:
         self._detokenizer = tokenizer.detokenizer()
         self._scanner = StopScanner(stops)
         self._num_unstopped = job.requests[0].sampling.min_tokens  # so many tokens are not searched for stop strings
-        self._keeps_origins, self._shows_stop = job.wants_provenance, job.shows_stop
-        self._origins: list[Origin] = []  # since the last delivery
+        self._shows_stop = job.shows_stop
+        self._keeps_tokens = job.wants_provenance or job.num_logprobs is not None
+        self._tokens: list[EmittedToken] = []  # since the last delivery
         self.record = record
 
     @property
@@ -202,14 +209,14 @@ class _Answer:
             pieces += [""] * (len(delta.token_ids) - len(pieces))
         if self.is_cut:
             self.record.finish_reason = FinishReason.STOP.value
-        if self._keeps_origins:
-            self._origins += _origins(delta, pieces)
+        if self._keeps_tokens:
+            self._tokens += _tokens(delta, pieces, has_hidden_end)
         return text, self.record.count(delta, len(pieces))
 
     def as_delta(self, index: int, text: str) -> TextDelta:
         """What is delivered now."""
-        origins, self._origins = tuple(self._origins), []
-        return TextDelta(index, text, self.record.finish_reason, origins)
+        tokens, self._tokens = tuple(self._tokens), []
+        return TextDelta(index, text, self.record.finish_reason, tokens)
 
     def _finish(self, reason: FinishReason) -> str:
         if reason is FinishReason.ABORT:
@@ -218,11 +225,19 @@ class _Answer:
         return self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
 
 
-def _origins(delta: TokenDelta, pieces: Sequence[str]) -> list[Origin]:
-    """Of the tokens that are kept, one for each piece of text."""
+def _tokens(delta: TokenDelta, pieces: Sequence[str], has_hidden_end: bool) -> list[EmittedToken]:
+    """Those that are kept, one for each piece of text."""
     lossy = delta.round.lossy_mask if delta.round is not None else 0
+    last = len(delta.token_ids) - 1
     return [
-        Origin(token_id, piece, bool(delta.drafted_mask >> i & 1), bool(lossy >> i & 1))
+        EmittedToken(
+            token_id=token_id,
+            text=piece,
+            is_drafted=bool(delta.drafted_mask >> i & 1),
+            is_lossy=bool(lossy >> i & 1),
+            is_hidden=has_hidden_end and i == last,
+            logprobs=delta.logprobs[i] if delta.logprobs else None,
+        )
         for i, (token_id, piece) in enumerate(zip(delta.token_ids, pieces, strict=False))
     ]
 

@@ -127,6 +127,16 @@ class TextTokenizer:
             return _byte_level(token)
         return bytes.fromhex(token[3:5]) if _BYTE_TOKEN.fullmatch(token) else None
 
+    def token_text(self, token_id: int) -> tuple[str, bytes]:
+        """One token by itself, special ones by their names: as text, with U+FFFD for what is no whole character, and as bytes."""
+        if self._tokenizer is None:
+            text = f" {token_id}"
+            return text, text.encode()
+        raw = self.raw_bytes(token_id)
+        if raw is None:
+            raw = self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+        return raw.decode(errors="replace"), raw
+
     def _check_length(self, text: str, max_model_len: int | None) -> None:
         if max_model_len is None or self._length_bound is None:
             return

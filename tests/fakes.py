@@ -8,10 +8,17 @@ from dataclasses import dataclass, field, replace
 
 from engine.client import Health
 from engine.errors import EngineDead, EngineError
-from engine.request import FinishReason, Request, Round, TokenDelta
+from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
 from engine.sched.admission import Admission
 from engine.stats import EngineInfo, StepStats
 from engine.streams import DeltaStream
+
+
+def made_up_logprobs(token_ids: Sequence[int], num: int | None) -> tuple[TokenLogprobs, ...]:
+    """That of a token is minus its id; the likeliest are those behind it."""
+    if num is None:
+        return ()
+    return tuple(TokenLogprobs(-float(token), tuple((token + 1 + k, -float(k)) for k in range(num))) for token in token_ids)
 
 
 def make_info(target_path: str = "", **changes: object) -> EngineInfo:
@@ -162,6 +169,7 @@ class FakeEngine:
                 token_ids=part.token_ids,
                 finish_reason=script.finish if is_last else None,
                 round=part.round,
+                logprobs=made_up_logprobs(part.token_ids, request.sampling.num_logprobs),
                 drafted_mask=part.drafted_mask,
                 num_cached_tokens=script.num_cached_tokens,
                 queue_seconds=0.002,

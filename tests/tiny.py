@@ -34,7 +34,7 @@ from engine.core import EngineCore
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
 from engine.plan import LogitsProcessor, RawRows, RowBatch, Rule
-from engine.request import Request, Round
+from engine.request import Request, Round, TokenLogprobs
 from engine.stats import StepStats
 from engine.verify.rules import RULES
 from tests.reference import NaiveCopying, NaiveModel, Row
@@ -255,6 +255,7 @@ class Outcome:
     """What an engine made of some requests."""
 
     tokens: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=lambda: defaultdict(tuple))
+    logprobs: dict[tuple[str, int], tuple[TokenLogprobs, ...]] = field(default_factory=lambda: defaultdict(tuple))
     rounds: list[Round] = field(default_factory=list)
     steps: list[StepStats] = field(default_factory=list)
 
@@ -273,6 +274,7 @@ def drive(core: EngineCore, requests: Iterable[Request], max_steps: int = 3000) 
         assert len(outcome.steps) < max_steps, "no progress"
         for delta in output.deltas:
             outcome.tokens[delta.request_id, delta.choice] += delta.token_ids
+            outcome.logprobs[delta.request_id, delta.choice] += delta.logprobs
             if delta.round:
                 outcome.rounds.append(delta.round)
         for seq, work in oldest:

@@ -10,6 +10,8 @@ from engine.errors import ContextLengthExceeded, InvalidRequest, QueueFull
 from engine.request import Request, SamplingParams, SpeculationParams
 from engine.stats import EngineInfo
 
+MAX_LOGPROBS = 20  # of a position's likeliest tokens, as in OpenAI's chat
+
 
 class Admission:
     """Checks a request against what is served. A request that passes can always be run to its end."""
@@ -70,6 +72,7 @@ class Admission:
             ("top_k", sampling.top_k >= 0, "at least 0"),
             ("min_p", 0 <= sampling.min_p <= 1, "between 0 and 1"),
             ("min_tokens", 0 <= sampling.min_tokens <= sampling.max_tokens, f"between 0 and max_tokens, {sampling.max_tokens}"),
+            ("num_logprobs", sampling.num_logprobs is None or 0 <= sampling.num_logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
             ("repetition_penalty", 0 < sampling.repetition_penalty < math.inf, "above 0 and finite"),
             ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "finite"),
             ("presence_penalty", math.isfinite(sampling.presence_penalty), "finite"),

@@ -12,11 +12,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
 
 from engine.kv.block_pool import BlockPool, Model
 from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, StepPlan, Verdict
-from engine.request import FinishReason, Request, Round, TokenDelta
+from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
 from engine.sequence import Sequence
 
 
@@ -189,8 +190,13 @@ class Scheduler:
         return max(0, min(seq.num_remaining - 1, self.policy.max_length if asked is None else asked))
 
     # ------------------------------------------------------------------ committing
-    def commit(self, plan: StepPlan, drafts: DraftBatch, verdict: Verdict) -> list[TokenDelta]:
-        """Append what was emitted, roll back what was rejected, publish full blocks, free what has ended."""
+    def commit(
+        self, plan: StepPlan, drafts: DraftBatch, verdict: Verdict, logprobs: ListLike[tuple[TokenLogprobs, ...]] | None = None
+    ) -> list[TokenDelta]:
+        """Append what was emitted, roll back what was rejected, publish full blocks, free what has ended.
+
+        `logprobs` has an entry for each completing chunk, None stands for none.
+        """
         deltas, row = [], 0
         for index, chunk in enumerate(plan.chunks):
             seq = chunk.seq
@@ -199,7 +205,7 @@ class Scheduler:
             seq.num_drafter_calls += drafts.num_calls[index]
             reason = None
             if chunk.completes:
-                delta = self._emit(seq, drafts, verdict, row)
+                delta = self._emit(seq, drafts, verdict, row, logprobs[row] if logprobs else ())
                 deltas.append(delta)
                 reason, row = delta.finish_reason, row + 1
             seq.drafter_computed = min(drafts.drafter_computed[index], seq.num_computed)  # rollback moves two pointers
@@ -212,7 +218,7 @@ class Scheduler:
                 self._retire(seq)
         return deltas
 
-    def _emit(self, seq: Sequence, drafts: DraftBatch, verdict: Verdict, row: int) -> TokenDelta:
+    def _emit(self, seq: Sequence, drafts: DraftBatch, verdict: Verdict, row: int, logprobs: tuple[TokenLogprobs, ...]) -> TokenDelta:
         """Append the accepted window, cut at the first stop token, and the KV with it."""
         emitted, sampling = verdict.token_ids[row], seq.request.sampling
         assert len(emitted) <= seq.num_remaining
@@ -233,6 +239,7 @@ class Scheduler:
             token_ids=kept,
             finish_reason=reason,
             round=became if num_draft else None,
+            logprobs=logprobs[: len(kept)],
             drafted_mask=_drafted_mask(verdict, row) & ((1 << len(kept)) - 1),
             num_cached_tokens=seq.num_cached or 0,
             queue_seconds=seq.queue_seconds,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from server.deps import Serving
-from server.generate import Generation, Job, Origin, TextDelta
+from server.generate import EmittedToken, Generation, Job, TextDelta
 from server.openai import schema
 from server.openai.convert import header_safe
 from server.record import ChoiceRecord, RequestRecord
@@ -35,6 +37,20 @@ class Shape(Protocol):
 
     def delta(self, delta: TextDelta) -> schema.Choice:
         """A piece of a choice."""
+
+    def note_logprobs(self, choice: schema.Choice, tokens: Sequence[Likelihood], offset: int) -> None:
+        """Say how likely the tokens of a choice, or of a piece that begins at `offset` in its text, were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely the target found a token, and which ones it found likeliest."""
+
+    text: str
+    raw: bytes
+    logprob: float
+    top: tuple[Likelihood, ...] = ()
+    length: int = 0  # characters that the token adds to the answer
 
 
 async def answer(job: Job, serving: Serving, shape: Shape, request: Request) -> Response:
@@ -58,6 +74,8 @@ class _Envelope:
         self.shape = shape
         self._drafter = serving.info.drafter
         self._opened: set[int] = set()
+        self._token_text = serving.tokenizer.token_text
+        self._offsets: dict[int, int] = defaultdict(int)  # of what comes next in each choice's text
         self._head: dict[str, Any] = {
             "id": shape.prefix + job.id,
             "created": int(time.time()),
@@ -75,19 +93,28 @@ class _Envelope:
         if delta.index not in self._opened:
             self._opened.add(delta.index)
             choices = [opening] if (opening := self.shape.opening(delta.index)) is not None else []
-        if delta.text or delta.finish_reason or delta.origins:
-            choices.append(self.traced(self.shape.delta(delta), delta.origins))
+        if delta.text or delta.finish_reason or delta.tokens:
+            choices.append(self.detailed(self.shape.delta(delta), delta.index, delta.tokens))
         kind = schema.ChunkWithUsage if self.job.has_usage_chunk else schema.Chunk
         return [kind(**self._head, object=self.shape.chunk_object, choices=[choice]) for choice in choices]
 
-    def traced(self, choice: schema.Choice, origins: Sequence[Origin]) -> schema.Choice:
-        """With who wrote its tokens, if that was asked for."""
+    def detailed(self, choice: schema.Choice, index: int, tokens: Sequence[EmittedToken]) -> schema.Choice:
+        """With who wrote its tokens and how likely they were, as far as that was asked for."""
         if self.job.wants_provenance:
             choice.provenance = [
-                schema.TokenOrigin(token_id=o.token_id, text=o.text, by="drafter" if o.is_drafted else "target", lossy=o.is_lossy)
-                for o in origins
+                schema.TokenOrigin(token_id=t.token_id, text=t.text, by="drafter" if t.is_drafted else "target", lossy=t.is_lossy)
+                for t in tokens
             ]
+        if self.job.num_logprobs is not None:
+            shown = [token for token in tokens if not token.is_hidden]
+            self.shape.note_logprobs(choice, [self._likelihood(token) for token in shown], self._offsets[index])
+            self._offsets[index] += sum(len(token.text) for token in shown)
         return choice
+
+    def _likelihood(self, token: EmittedToken) -> Likelihood:
+        assert token.logprobs is not None
+        top = tuple(Likelihood(*self._token_text(token_id), logprob) for token_id, logprob in token.logprobs.top)
+        return Likelihood(*self._token_text(token.token_id), token.logprobs.logprob, top, len(token.text))
 
     def usage_chunk(self, record: RequestRecord) -> schema.UsageChunk:
         usage, metrics = usage_of(record), metrics_of(record, self._drafter)
@@ -96,14 +123,15 @@ class _Envelope:
 
 async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, Any]:
     texts = [""] * len(generation.record.choices)
-    origins: list[list[Origin]] = [[] for _ in texts]
+    tokens: list[list[EmittedToken]] = [[] for _ in texts]
     async with generation:
         async for deltas in generation:
             for delta in deltas:
                 texts[delta.index] += delta.text
-                origins[delta.index] += delta.origins
+                tokens[delta.index] += delta.tokens
     record = generation.record
-    choices = [envelope.traced(envelope.shape.choice(i, text, record.choices[i].finish_reason), origins[i]) for i, text in enumerate(texts)]
+    shape = envelope.shape
+    choices = [envelope.detailed(shape.choice(i, text, record.choices[i].finish_reason), i, tokens[i]) for i, text in enumerate(texts)]
     return envelope.completion(choices, record).model_dump()
 
 

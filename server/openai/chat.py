@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Request, Response
 
 from server.deps import Served
 from server.generate import TextDelta
 from server.openai import schema
-from server.openai.answer import answer
+from server.openai.answer import Likelihood, answer
 from server.openai.convert import chat_job
 
 router = APIRouter()
@@ -29,6 +31,19 @@ class ChatShape:
     def delta(self, delta: TextDelta) -> schema.ChatDeltaChoice:
         content = {"content": delta.text} if delta.text else {}
         return schema.ChatDeltaChoice(index=delta.index, delta=content, finish_reason=delta.finish_reason)
+
+    def note_logprobs(self, choice: schema.Choice, tokens: Sequence[Likelihood], offset: int) -> None:
+        assert not isinstance(choice, schema.TextChoice)
+        content = [
+            schema.ContentLogprob(
+                token=token.text,
+                logprob=token.logprob,
+                bytes=list(token.raw),
+                top_logprobs=[schema.TopLogprob(token=top.text, logprob=top.logprob, bytes=list(top.raw)) for top in token.top],
+            )
+            for token in tokens
+        ]
+        choice.logprobs = schema.ChatLogprobs(content=content)
 
 
 @router.post("/chat/completions", response_model=schema.Completion)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 from fastapi import APIRouter, Request, Response
 
 from server.deps import Served
 from server.generate import TextDelta
 from server.openai import schema
-from server.openai.answer import answer
+from server.openai.answer import Likelihood, answer
 from server.openai.convert import completion_job
 
 router = APIRouter()
@@ -28,6 +31,15 @@ class CompletionShape:
 
     def delta(self, delta: TextDelta) -> schema.TextChoice:
         return schema.TextChoice(index=delta.index, text=delta.text, finish_reason=delta.finish_reason)
+
+    def note_logprobs(self, choice: schema.Choice, tokens: Sequence[Likelihood], offset: int) -> None:
+        assert isinstance(choice, schema.TextChoice)
+        choice.logprobs = schema.TextLogprobs(
+            tokens=[token.text for token in tokens],
+            token_logprobs=[token.logprob for token in tokens],
+            top_logprobs=[{top.text: top.logprob for top in (*token.top, token)} for token in tokens],
+            text_offset=list(accumulate((token.length for token in tokens), initial=offset))[:-1],
+        )
 
 
 @router.post("/completions", response_model=schema.Completion)

@@ -47,7 +47,6 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "json_schema": (),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
@@ -60,7 +59,6 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
@@ -166,8 +164,19 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
+        num_logprobs=_num_logprobs(body),
         stop_token_ids=tuple(dict.fromkeys([*([] if body.ignore_eos else serving.info.end_token_ids), *(body.stop_token_ids or [])])),
     )
+
+
+def _num_logprobs(body: GenerationBody) -> int | None:
+    """How many of a position's likeliest tokens to report; None where nothing is asked for."""
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    assert isinstance(body, ChatBody)
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
 
 
 def _speculation(body: GenerationBody, serving: Serving) -> SpeculationParams:

@@ -134,12 +134,15 @@ class ChatMessage(Body):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
+    logprobs: bool | None = Field(None, description="true: say of each token how likely the target itself found it")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="and of so many others; wants logprobs")
     messages: list[ChatMessage] = Field(min_length=1)
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
+    logprobs: int | None = Field(None, ge=0, le=20, description="say of each token, and of so many others, how likely the target finds it")
     prompt: Prompts
 
 
@@ -210,6 +213,32 @@ class TokenOrigin(BaseModel):
     lossy: bool = Field(description="the drafter's word stands although exact verification would have rejected it")
 
 
+class TopLogprob(BaseModel):
+    """A token, and how likely the target itself found it: at temperature 1, in front of masks, biases and penalties."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(BaseModel):
+    """Entry by entry the same tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int] = Field(description="where the token begins in the answer's text")
+
+
 class Traced(BaseModel):
     """A choice that can say where its tokens come from. The field is there only if it was asked for."""
 
@@ -226,21 +255,21 @@ class Traced(BaseModel):
 class ChatChoice(Traced):
     index: int
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None
 
 
 class ChatDeltaChoice(Traced):
     index: int
     delta: dict[str, str]
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None
 
 
 class TextChoice(Traced):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str | None
 
 

@@ -370,6 +370,60 @@ async def test_which_tokens_end_an_answer(served: Served) -> None:
     assert [request.sampling.stop_token_ids for request in served.engine.requests] == [own, (*own, 5), (5,), ()]
 
 
+# ---------------------------------------------------------------------- how likely tokens were
+@pytest.mark.parametrize("num_top", [None, 0, 2])
+async def test_logprobs_of_a_chat(both: Served, num_top: int | None) -> None:
+    both.answer_with(parts=[Part((5, 9)), Part((7,)), Part((2,))], finish=FinishReason.STOP)
+    fields: dict[str, Any] = {"logprobs": True} | ({} if num_top is None else {"top_logprobs": num_top})
+    whole = await both.openai.chat.completions.create(model="tiny", messages=USER, **fields)
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [token.logprob for token in logprobs.content] == [-5, -9, -7], "the end token is no part of the answer"
+    assert b"".join(bytes(token.bytes or []) for token in logprobs.content).decode() == whole.choices[0].message.content
+    assert [[top.logprob for top in token.top_logprobs] for token in logprobs.content] == [[0, -1][: num_top or 0]] * 3
+    streamed = [
+        token
+        async for chunk in await both.openai.chat.completions.create(model="tiny", messages=USER, stream=True, **fields)
+        if chunk.choices and chunk.choices[0].logprobs
+        for token in chunk.choices[0].logprobs.content or []
+    ]
+    assert streamed == logprobs.content
+    plain = await both.openai.chat.completions.create(model="tiny", messages=USER)
+    assert plain.choices[0].logprobs is None
+
+
+async def test_logprobs_of_a_completion(both: Served) -> None:
+    both.answer_with(parts=[Part((5, 9)), Part((7,)), Part((2,))], finish=FinishReason.STOP)
+    whole = await both.openai.completions.create(model="tiny", prompt="hello", logprobs=1)
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert "".join(logprobs.tokens) == whole.choices[0].text
+    assert logprobs.token_logprobs == [-5, -9, -7]
+    assert [sorted(top.values()) for top in logprobs.top_logprobs or []] == [[-5, 0], [-9, 0], [-7, 0]]
+    offsets = [len("".join(logprobs.tokens[:i])) for i in range(3)]
+    assert logprobs.text_offset == offsets
+    chunks = [chunk async for chunk in await both.openai.completions.create(model="tiny", prompt="hello", logprobs=1, stream=True)]
+    streamed = [offset for chunk in chunks for choice in chunk.choices if choice.logprobs for offset in choice.logprobs.text_offset or []]
+    assert streamed == offsets
+
+
+async def test_tokens_behind_a_stop_string_have_no_logprobs(served: Served) -> None:
+    served.answer_with(parts=[Part((5, 9, 7))])
+    texts = (await served.complete(logprobs=0)).json()["choices"][0]["logprobs"]["tokens"]
+    cut = (await served.complete(logprobs=0, stop=texts[1])).json()["choices"][0]
+    assert cut["text"] == texts[0]
+    assert cut["logprobs"]["tokens"] == texts[:2], "what completed the stop string was emitted, too"
+
+
+async def test_top_logprobs_want_logprobs(served: Served) -> None:
+    assert error_of(await served.chat(top_logprobs=2), 400)["param"] == "top_logprobs"
+    assert error_of(await served.chat(top_logprobs=21, logprobs=True), 400)["param"] == "top_logprobs"
+    assert (await served.chat(top_logprobs=0, logprobs=False)).status_code == 200
+    assert error_of(await served.complete(logprobs=True), 400)["param"] == "logprobs"
+
+
 # ---------------------------------------------------------------------- what is ignored, and what is not implemented
 async def test_ignored_fields_are_named(served: Served) -> None:
     fields = {"metadata": {"a": "b"}, "user": "me", "store": None, "no_such": 1, "ü, b\r\n": 2, "stream": False}
@@ -386,8 +440,6 @@ async def test_ignored_fields_are_named(served: Served) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True),
-        ("top_logprobs", 2),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
@@ -396,7 +448,6 @@ async def test_ignored_fields_are_named(served: Served) -> None:
         ("echo", True),
         ("best_of", 2),
         ("audio", {}),
-        ("logprobs", 0),
     ],
 )
 async def test_not_implemented(served: Served, field: str, value: Any) -> None:
@@ -407,9 +458,9 @@ async def test_not_implemented(served: Served, field: str, value: Any) -> None:
 
 
 async def test_neutral_values_are_served(served: Served) -> None:
-    neutral = {
-        "logprobs": False,
-        "top_logprobs": 0,
+    neutral: dict[str, Any] = {
+        "logprobs": None,
+        "top_logprobs": None,
         "tools": [],
         "tool_choice": "none",
         "response_format": {"type": "text"},
@@ -438,6 +489,7 @@ async def test_neutral_values_are_served(served: Served) -> None:
         ({"top_p": 0}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
+        ({"logprobs": "yes"}, "logprobs"),
         ({"frequency_penalty": 2.1}, "frequency_penalty"),
         ({"presence_penalty": -2.1}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),

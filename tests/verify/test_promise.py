@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 
 from engine.config import AdaptiveLengthConfig, ConfidenceLengthConfig, FixedLengthConfig, HeuristicLengthConfig, LengthConfig
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
-from tests.reference import DRAFT, RECOVER, NaiveModel, answer, model_alone
+from tests.reference import DRAFT, RECOVER, NaiveModel, answer, model_alone, softmax
 from tests.tiny import (
     ForbidByPosition,
     PenaliseRepeats,
@@ -86,6 +87,25 @@ def test_masks_and_penalties_see_the_text_in_front_of_every_row(name: str, polic
     want = {(r.id, 0): answer(r, naive_target(), drafter_of(setup), mask=forbid_by_position, penalty=penalise_repeats) for r in requests}
     got = drive(make_core(setup), requests).tokens
     assert got == want, [k for k in want if got[k] != want[k]]
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_logprobs_are_the_targets_own_whoever_wrote_the_token(name: str) -> None:
+    requests = [
+        msgspec.structs.replace(r, sampling=msgspec.structs.replace(r.sampling, num_logprobs=i % 4 if i % 5 else None))
+        for i, r in enumerate(seeded())
+    ]
+    outcome = drive(make_core(SETUPS[name]), requests)
+    for request in requests:
+        emitted, found = outcome.tokens[request.id, 0], outcome.logprobs[request.id, 0]
+        num = request.sampling.num_logprobs
+        assert len(found) == (0 if num is None else len(emitted))
+        for i, token in enumerate(found):
+            row = [math.log(x) for x in softmax(naive_target().logits([*request.prompt_ids, *emitted[:i]]))]
+            assert token.logprob == pytest.approx(row[emitted[i]], abs=1e-6)
+            likeliest = sorted(range(len(row)), key=lambda t: -row[t])[:num]
+            assert [t for t, _ in token.top] == likeliest
+            assert [x for _, x in token.top] == pytest.approx([row[t] for t in likeliest], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", SETUPS)
