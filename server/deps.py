@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request, Response
@@ -24,7 +24,7 @@ from server.text import TextTokenizer
 
 @dataclass(frozen=True)
 class Serving:
-    """Everything that answering takes. Made when the model is loaded, unchanged from then on; what a restart may change is asked for."""
+    """Everything that answering takes. Made when the model is loaded; what a restart may change is asked for."""
 
     engine: EngineClient
     version: str
@@ -33,6 +33,7 @@ class Serving:
     metrics: Metrics
     draining: Draining
     started_at: int  # Unix time
+    unused_fields: set[str] = field(default_factory=set)  # names that were logged
 
     @property
     def info(self) -> EngineInfo:

@@ -40,6 +40,7 @@ class ServerSettings(Section):
     drain_seconds: float = Field(30.0, ge=0, le=86_400, allow_inf_nan=False, description="time to finish what runs at SIGTERM")
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
     engine_hang_seconds: float = Field(30.0, ge=5, le=86_400, allow_inf_nan=False, description="an engine silent for so long is killed")
+    unused_fields: Literal["report", "refuse"] = Field("report", description="of requests: named in a header, or a 400")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

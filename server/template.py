@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,20 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from engine.errors import InvalidRequest, SourceError
 
 Message = dict[str, str]  # role and content
+
+OWN_VARIABLES = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How a conversation is to be rendered, beside its messages."""
+
+    opens_answer: bool = True  # the text ends where the assistant is to begin
+    continues_last: bool = False  # it ends with the last message instead, which is to be written on
+    variables: Mapping[str, Any] = field(default_factory=dict)  # further ones, for the template
+
+
+DEFAULT_TURN = Turn()
 
 
 class ChatTemplate:
@@ -42,15 +58,27 @@ class ChatTemplate:
         tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in config.items() if key.endswith("_token")}
         return cls(source, {key: value for key, value in tokens.items() if isinstance(value, str)})
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], turn: Turn = DEFAULT_TURN) -> str:
         """The prompt as text. Raises InvalidRequest if the template refuses the messages."""
+        if not turn.continues_last:
+            return self._rendered(messages, turn)
+        end = f"\ue000{secrets.token_hex(8)}\ue001"  # marks where the last message ends, whatever the template puts behind it
+        rendered = self._rendered([*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}], turn)
+        if end not in rendered:
+            raise InvalidRequest("The model's chat template does not show the last message, so it cannot be continued.", "messages")
+        return rendered[: rendered.index(end)]
+
+    def _rendered(self, messages: Sequence[Message], turn: Turn) -> str:
         try:
             return self._template.render(
-                messages=[self._with_known_role(message) for message in messages],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **self._variables,
+                **{
+                    **self._variables,
+                    **turn.variables,
+                    "messages": [self._with_known_role(message) for message in messages],
+                    "add_generation_prompt": turn.opens_answer and not turn.continues_last,
+                    "tools": None,
+                    "documents": None,
+                }
             )
         except Exception as error:  # a template is foreign code; whatever it raises is about these messages
             raise InvalidRequest(f"The model's chat template refuses these messages: {error}", "messages") from error

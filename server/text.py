@@ -10,8 +10,8 @@ import copy
 import json
 import re
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from engine.errors import ClientError, ContextLengthExceeded, InvalidRequest, SourceError
 from server.detokenize import Detokenizer, NumberWriter
-from server.template import ChatTemplate, Message
+from server.template import DEFAULT_TURN, ChatTemplate, Message, Turn
 
 LONG_TEXT = 8192  # characters; a longer one is worth a thread, in which `encode` and `encode_chat` leave the interpreter to others
 
@@ -94,16 +94,18 @@ class TextTokenizer:
             return ids[1:]
         return ids
 
-    def encode_chat(self, messages: Sequence[Message], max_model_len: int | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], max_model_len: int | None = None, turn: Turn = DEFAULT_TURN) -> list[int]:
         """Ids of a conversation under the chat template, up to where the assistant is to speak. Raises TextTooLong as `encode` does."""
         if self._template is None or self._tokenizer is None:
             raise InvalidRequest("This model has no chat template; use /v1/completions.", "messages")
-        if not any(self._any_special.search(message["content"]) for message in messages):
-            rendered = self._template.render(messages)
+        texts = [*(message["content"] for message in messages), *_texts_in(turn.variables)]
+        if not any(map(self._any_special.search, texts)):
+            rendered = self._template.render(messages, turn)
             self._check_length(rendered, max_model_len)
             return _ids(self._tokenizer, rendered)
         escape = _Escape(self._any_special)
-        rendered = self._template.render([{**m, "content": escape.hide(m["content"])} for m in messages])
+        hidden = replace(turn, variables=_with_texts(turn.variables, escape.hide))
+        rendered = self._template.render([{**m, "content": escape.hide(m["content"])} for m in messages], hidden)
         self._check_length(escape.reveal(rendered), max_model_len)
         return self._encode_around_special(rendered, escape)
 
@@ -295,6 +297,24 @@ def _byte_decoders(decoder: dict[str, Any] | None) -> tuple[bool, bool]:
         return False, False
     kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
     return "ByteLevel" in kinds, "ByteFallback" in kinds
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts in something that was JSON, keys of objects aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(part)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _with_texts(part, change) for key, part in value.items()}
+    return [_with_texts(part, change) for part in value] if isinstance(value, list) else value
 
 
 def _byte_level(token: str) -> bytes:

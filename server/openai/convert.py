@@ -7,6 +7,7 @@ for every model behind a name. Everything that is refused is a ClientError whose
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 import uuid
@@ -23,20 +24,20 @@ from server.deps import Serving
 from server.errors import UnknownModel
 from server.generate import Job
 from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody, Speculation
+from server.template import OWN_VARIABLES, Turn
 from server.text import LONG_TEXT
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_MAX_LOGGED = 256  # names: clients make them up
 
 # Fields that OpenAI, vLLM or llama.cpp know and that would change the answer, and values that ask for nothing. null always does.
 NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
@@ -72,18 +73,19 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
 async def chat_job(body: ChatBody, serving: Serving) -> Job:
     """The job of a chat: one prompt, rendered by the model's template."""
     arrived_at = time.monotonic()
-    ignored = _ignored(body)
+    ignored = _ignored(body, serving)
     _check(body, serving, num_prompts=1)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     length = sum(len(message["content"]) for message in messages)
-    prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len), length)
+    turn = _turn(body)
+    prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
     return _job(body, serving, [prompt], ignored, arrived_at)
 
 
 async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     """The job of a completion: texts and token ids as they are."""
     arrived_at = time.monotonic()
-    ignored = _ignored(body)
+    ignored = _ignored(body, serving)
     _check(body, serving, num_prompts=len(body.prompt))
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
@@ -169,6 +171,21 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
     )
 
 
+def _turn(body: ChatBody) -> Turn:
+    """How the conversation is to be rendered. Raises InvalidRequest for wishes that exclude each other."""
+    continues, opens = bool(body.continue_final_message), body.add_generation_prompt
+    if continues and opens:
+        raise InvalidRequest("continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message")
+    if continues and body.messages[-1].role != "assistant":
+        raise InvalidRequest(
+            f"Only a message of the assistant can be continued; the last one is the {body.messages[-1].role}'s.", "messages"
+        )
+    variables = body.chat_template_kwargs or {}
+    if taken := sorted(OWN_VARIABLES & variables.keys()):
+        raise InvalidRequest(f"{taken[0]} has a field of its own, or is not implemented.", f"chat_template_kwargs.{taken[0]}")
+    return Turn(opens_answer=opens is not False, continues_last=continues, variables=variables)
+
+
 def _num_logprobs(body: GenerationBody) -> int | None:
     """How many of a position's likeliest tokens to report; None where nothing is asked for."""
     if isinstance(body, CompletionBody):
@@ -209,13 +226,26 @@ def _judged_by(own: Speculation, rule: RuleName, alpha: float, deployment: Specu
     return rule, alpha
 
 
-def _ignored(body: GenerationBody) -> tuple[str, ...]:
-    """Names of the fields that will change nothing. Raises InvalidRequest for one that ought to and cannot yet."""
+def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
+    """Names of the fields that will change nothing; each is logged once.
+
+    Raises InvalidRequest for one that ought to change something and cannot yet, and for all where the deployment refuses them.
+    """
     names = dict.fromkeys(_unused(body))  # a set that keeps the order
     for message in body.messages if isinstance(body, ChatBody) else ():
         names |= dict.fromkeys(_unused(message, "messages."))
     if body.stream_options is not None:
         names |= dict.fromkeys(_unused(body.stream_options, "stream_options."))
+    if names and serving.deployment.server.unused_fields == "refuse":
+        name = next(iter(names))
+        raise InvalidRequest(f"{name} changes nothing on this server, which refuses such fields (server.unused_fields).", name)
+    for name in names.keys() - serving.unused_fields:
+        if len(serving.unused_fields) < _MAX_LOGGED:
+            serving.unused_fields.add(name)
+            _log.info(
+                "The field %s of requests changes nothing here; x-cascade-ignored names it, and this log does not again",
+                quote(name, errors="replace"),
+            )
     return tuple(names)
 
 

@@ -67,6 +67,18 @@ def _servable_prompts(prompts: Sequence[Any]) -> Sequence[Any]:
     return prompts
 
 
+def _walkable(value: Any, levels: int = 16) -> Any:
+    """JSON as it is; a text that no tokenizer can read, and what is nested too deeply to walk over, is a mistake."""
+    if isinstance(value, str):
+        return _encodable(value)
+    if isinstance(value, dict | list) and not levels:
+        raise ValueError("it is nested too deeply")
+    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _walkable(part, levels - 1)
+    return value
+
+
+Variables = Annotated[dict[str, Any], AfterValidator(_walkable)]
 Text = Annotated[str, AfterValidator(_encodable)]
 Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
 Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts)]
@@ -122,7 +134,6 @@ class GenerationBody(Body):
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
     speculation: Speculation | None = None
 
 
@@ -134,6 +145,11 @@ class ChatMessage(Body):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
+    add_generation_prompt: bool | None = Field(None, description="false: the prompt ends with the last message's end")
+    continue_final_message: bool | None = Field(
+        None, description="true: the answer writes the last message on, which must be the assistant's"
+    )
+    chat_template_kwargs: Variables | None = Field(None, max_length=64, description="further variables for the model's chat template")
     logprobs: bool | None = Field(None, description="true: say of each token how likely the target itself found it")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="and of so many others; wants logprobs")
     messages: list[ChatMessage] = Field(min_length=1)

@@ -370,6 +370,40 @@ async def test_which_tokens_end_an_answer(served: Served) -> None:
     assert [request.sampling.stop_token_ids for request in served.engine.requests] == [own, (*own, 5), (5,), ()]
 
 
+# ---------------------------------------------------------------------- how a conversation is rendered
+async def test_a_message_is_written_on(served: Served) -> None:
+    messages = [*USER, {"role": "assistant", "content": "the "}]
+    written = (await served.chat(messages=messages, continue_final_message=True, add_generation_prompt=False)).json()
+    assert written["choices"][0]["message"]["content"].endswith("assistant\nthe "), "the fake engine repeats the prompt"
+    open_ = (await served.chat(messages=messages, add_generation_prompt=False)).json()
+    assert open_["choices"][0]["message"]["content"].endswith("the \n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"continue_final_message": True}, "messages"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"chat_template_kwargs": {"self": 1}}, "messages"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+    ],
+)
+async def test_wishes_for_the_template_that_cannot_be(served: Served, fields: dict[str, Any], param: str) -> None:
+    assert error_of(await served.chat(**fields), 400)["param"] == param
+
+
+async def test_variables_for_the_template_may_not_be_bottomless_or_unreadable(served: Served) -> None:
+    value: Any = 1
+    for _ in range(200):
+        value = [value]
+    assert error_of(await served.chat(chat_template_kwargs={"x": value}), 400)["param"] == "chat_template_kwargs"
+    half = b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"x": ["\\ud800"]}}'
+    assert error_of(await served.http.post("/v1/chat/completions", content=half), 400)["param"] == "chat_template_kwargs"
+    assert (await served.chat(chat_template_kwargs={"enable_thinking": False})).status_code == 200
+
+
 # ---------------------------------------------------------------------- how likely tokens were
 @pytest.mark.parametrize("num_top", [None, 0, 2])
 async def test_logprobs_of_a_chat(both: Served, num_top: int | None) -> None:
@@ -430,11 +464,28 @@ async def test_ignored_fields_are_named(served: Served) -> None:
     messages = [{"role": "user", "content": "hello", "name": "me", "refusal": None}]
     response = await served.chat(messages=messages, **fields)
     assert response.status_code == 200
-    assert response.headers["x-cascade-ignored"] == "metadata,no_such,%C3%BC%2C%20b%0D%0A,messages.name"
-    assert "x-cascade-ignored" not in (await served.chat(user="me")).headers
+    assert response.headers["x-cascade-ignored"] == "metadata,user,no_such,%C3%BC%2C%20b%0D%0A,messages.name"
+    assert "x-cascade-ignored" not in (await served.chat(user=None)).headers
     many = await served.chat(**{f"unknown_{i}": i for i in range(1000)}, stream=True)
     assert len(many.headers["x-cascade-ignored"]) < 1100
     assert len((await served.chat(**{"x" * 5000: 1})).headers["x-cascade-ignored"]) < 1100
+
+
+async def test_each_ignored_field_is_logged_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "server.openai.convert")
+    for number in range(300):
+        await served.chat(user="me", **{f"made_up\n{number}": 1})
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("The field user " in line for line in lines) == 1
+    assert len(lines) == 256, "a client that makes names up does not fill the log"
+    assert not any("\n" in line for line in lines)
+
+
+async def test_a_deployment_may_refuse_fields_that_change_nothing(folder: Path) -> None:
+    async with serve(folder, make_deployment(unused_fields="refuse")) as served:
+        assert error_of(await served.chat(user="me"), 400)["param"] == "user"
+        assert error_of(await served.chat(no_such=1), 400)["param"] == "no_such"
+        assert (await served.chat(user=None, top_logprobs=0)).status_code == 200
 
 
 @pytest.mark.parametrize(

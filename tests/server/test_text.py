@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from engine.errors import ContextLengthExceeded, InvalidRequest, SourceError
 from server.detokenize import Detokenizer, StopScanner, StopStrings
-from server.template import ChatTemplate
+from server.template import ChatTemplate, Turn
 from server.text import TextTokenizer
 from tests.server.conftest import SPECIAL, TEMPLATE, build_tokenizer
 
@@ -251,6 +251,38 @@ def test_only_tokenizers_that_keep_all_characters_are_bounded(tokenizer: Tokeniz
 def test_a_chat_is_rendered_and_encoded() -> None:
     expected = TINY.encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
     assert TEXT.encode_chat([{"role": "user", "content": "hello"}]) == expected
+
+
+TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the "}]
+
+
+@pytest.mark.parametrize("special", ["", SPECIAL[0]])
+def test_the_last_message_can_be_continued(special: str) -> None:
+    """White space at its end included, and a special token's literal in it staying text."""
+    messages = [TALK[0], {"role": "assistant", "content": f"the{special} "}]
+    ids = TEXT.encode_chat(messages, turn=Turn(continues_last=True))
+    want = f"<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nthe{special} "
+    assert TINY.decode(ids, skip_special_tokens=False) == want
+    assert [token for token in ids if token < 3] == [1, 2, 1]
+
+
+def test_a_template_that_hides_the_last_message_cannot_continue_it() -> None:
+    text = TextTokenizer(TINY.to_str(), ChatTemplate("{{ messages[0].content }}"))
+    with pytest.raises(InvalidRequest, match="does not show the last message"):
+        text.encode_chat(TALK, turn=Turn(continues_last=True))
+
+
+def test_the_answer_need_not_be_opened() -> None:
+    ids = TEXT.encode_chat(TALK[:1], turn=Turn(opens_answer=False))
+    assert TINY.decode(ids, skip_special_tokens=False) == "<|im_start|>user\nhello<|im_end|>\n"
+
+
+def test_a_template_gets_further_variables_whose_special_tokens_stay_text() -> None:
+    text = TextTokenizer(TINY.to_str(), ChatTemplate("{{ style.words[0] }}|{{ messages[0].content }}{% if loud %}!{% endif %}"))
+    for words in ("be brief", SPECIAL[0]):
+        ids = text.encode_chat(TALK[:1], turn=Turn(variables={"style": {"words": [words]}, "loud": True}))
+        assert TINY.decode(ids, skip_special_tokens=False) == f"{words}|hello!"
+        assert min(ids) > 2
 
 
 @given(
