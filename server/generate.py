@@ -37,12 +37,19 @@ class Job:
     has_usage_chunk: bool
     ignored: tuple[str, ...]  # fields that changed nothing
     wants_provenance: bool = False
+    shows_logprobs: bool = False
+    echoes: tuple[str, ...] = ()  # what stands in front of the answers to each prompt; empty for nothing
+    num_best: int | None = None  # of each prompt's answers so many are shown, the likeliest ones; None shows all
     shows_stop: bool = False  # what ended an answer, if it has a text, is part of the answer
     arrived_at: float = field(default_factory=time.monotonic)
 
     @property
-    def num_logprobs(self) -> int | None:
-        return self.requests[0].sampling.num_logprobs
+    def knows_logprobs(self) -> bool:
+        return self.requests[0].sampling.num_logprobs is not None
+
+    def echo_of(self, index: int) -> str:
+        """What stands in front of answer `index`, counted over all prompts."""
+        return self.echoes[index // len(self.requests[0].choices)] if self.echoes else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +193,7 @@ class _Answer:
         self._scanner = StopScanner(stops)
         self._num_unstopped = job.requests[0].sampling.min_tokens  # so many tokens are not searched for stop strings
         self._shows_stop = job.shows_stop
-        self._keeps_tokens = job.wants_provenance or job.num_logprobs is not None
+        self._keeps_tokens = job.wants_provenance or job.knows_logprobs
         self._tokens: list[EmittedToken] = []  # since the last delivery
         self.record = record
 

@@ -129,6 +129,13 @@ class TextTokenizer:
             return _byte_level(token)
         return bytes.fromhex(token[3:5]) if _BYTE_TOKEN.fullmatch(token) else None
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Text of ids, special ones by their names."""
+        if self._tokenizer is None:
+            return "".join(f" {token_id}" for token_id in ids)
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
     def token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token by itself, special ones by their names: as text, with U+FFFD for what is no whole character, and as bytes."""
         if self._tokenizer is None:

@@ -67,6 +67,7 @@ class Script:
     refusal: EngineError | None = None  # raised by submit
     num_cached_tokens: int = 0
     endless: bool = False  # the parts again and again
+    by_choice: Sequence[tuple[int, ...]] | None = None  # instead of parts: all tokens of each choice, in one step
     hold: asyncio.Event | None = None  # nothing is said before this is set
 
 
@@ -163,13 +164,14 @@ class FakeEngine:
             await asyncio.sleep(script.delay)
         self.num_steps += 1
         for choice in request.choices:
+            token_ids = part.token_ids if script.by_choice is None else script.by_choice[choice.index]
             delta = TokenDelta(
                 request_id=request.id,
                 choice=choice.index,
-                token_ids=part.token_ids,
+                token_ids=token_ids,
                 finish_reason=script.finish if is_last else None,
                 round=part.round,
-                logprobs=made_up_logprobs(part.token_ids, request.sampling.num_logprobs),
+                logprobs=made_up_logprobs(token_ids, request.sampling.num_logprobs),
                 drafted_mask=part.drafted_mask,
                 num_cached_tokens=script.num_cached_tokens,
                 queue_seconds=0.002,

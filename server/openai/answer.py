@@ -93,6 +93,8 @@ class _Envelope:
         if delta.index not in self._opened:
             self._opened.add(delta.index)
             choices = [opening] if (opening := self.shape.opening(delta.index)) is not None else []
+            if echo := self.job.echo_of(delta.index):
+                choices.append(self.shape.delta(TextDelta(delta.index, echo, None)))
         if delta.text or delta.finish_reason or delta.tokens:
             choices.append(self.detailed(self.shape.delta(delta), delta.index, delta.tokens))
         kind = schema.ChunkWithUsage if self.job.has_usage_chunk else schema.Chunk
@@ -105,7 +107,7 @@ class _Envelope:
                 schema.TokenOrigin(token_id=t.token_id, text=t.text, by="drafter" if t.is_drafted else "target", lossy=t.is_lossy)
                 for t in tokens
             ]
-        if self.job.num_logprobs is not None:
+        if self.job.shows_logprobs:
             shown = [token for token in tokens if not token.is_hidden]
             self.shape.note_logprobs(choice, [self._likelihood(token) for token in shown], self._offsets[index])
             self._offsets[index] += sum(len(token.text) for token in shown)
@@ -130,9 +132,26 @@ async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, 
                 texts[delta.index] += delta.text
                 tokens[delta.index] += delta.tokens
     record = generation.record
-    shape = envelope.shape
-    choices = [envelope.detailed(shape.choice(i, text, record.choices[i].finish_reason), i, tokens[i]) for i, text in enumerate(texts)]
+    shape, job = envelope.shape, envelope.job
+    choices = [
+        envelope.detailed(shape.choice(place, job.echo_of(i) + texts[i], record.choices[i].finish_reason), i, tokens[i])
+        for place, i in enumerate(_shown(job, tokens))
+    ]
     return envelope.completion(choices, record).model_dump()
+
+
+def _shown(job: Job, tokens: Sequence[Sequence[EmittedToken]]) -> list[int]:
+    """Which answers are shown, in their order: all, or of each prompt's the likeliest."""
+    if job.num_best is None:
+        return list(range(len(tokens)))
+    num = len(job.requests[0].choices)
+    by_prompt = [range(begin, begin + num) for begin in range(0, len(tokens), num)]
+    return [i for answers in by_prompt for i in sorted(answers, key=lambda i: -_mean_logprob(tokens[i]))[: job.num_best]]
+
+
+def _mean_logprob(tokens: Sequence[EmittedToken]) -> float:
+    """Of the answer's tokens, the one that ended it included."""
+    return sum(token.logprobs.logprob for token in tokens if token.logprobs is not None) / len(tokens) if tokens else -math.inf
 
 
 async def _events(generation: Generation, envelope: _Envelope) -> AsyncGenerator[str, None]:

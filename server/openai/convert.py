@@ -12,6 +12,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -31,13 +32,17 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _MAX_LOGGED = 256  # names: clients make them up
 
-# Fields that OpenAI, vLLM or llama.cpp know and that would change the answer, and values that ask for nothing. null always does.
+# Fields that OpenAI, vLLM or llama.cpp know and that would change the answer, and values that ask for nothing. null always does. Some are
+# known to one endpoint and not to the other.
 NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
@@ -60,6 +65,7 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
@@ -90,7 +96,10 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
     prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
-    return _job(body, serving, prompts, ignored, arrived_at)
+    if not body.echo:
+        return _job(body, serving, prompts, ignored, arrived_at)
+    shown = [prompt if isinstance(prompt, str) else serving.tokenizer.text_of(prompt) for prompt in body.prompt]
+    return replace(_job(body, serving, prompts, ignored, arrived_at), echoes=tuple(shown))
 
 
 def header_safe(names: Sequence[str], limit: int = 1024) -> str:
@@ -111,10 +120,28 @@ def _check(body: GenerationBody, serving: Serving, num_prompts: int) -> None:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
     limit = serving.info.max_sequences + serving.deployment.server.max_queued_requests
-    num_answers = num_prompts * (body.n or 1)
+    num_answers = num_prompts * _num_choices(body)
     if num_answers > limit:
-        param = "prompt" if num_prompts > 1 else "n"
-        raise InvalidRequest(f"{num_answers} answers were asked for (prompts times n); this server holds {limit}.", param)
+        param = "prompt" if num_prompts > 1 else "n" if _num_choices(body) == body.n else "best_of"
+        raise InvalidRequest(f"{num_answers} answers were asked for (prompts times n or best_of); this server holds {limit}.", param)
+    if isinstance(body, CompletionBody):
+        _check_completion(body)
+
+
+def _check_completion(body: CompletionBody) -> None:
+    """What excludes what. Raises InvalidRequest."""
+    num = body.n or 1
+    if body.best_of is not None and body.best_of < num:
+        raise InvalidRequest(f"best_of is {body.best_of} and must be at least n, {num}.", "best_of")
+    if body.stream and (body.best_of or num) > num:
+        raise InvalidRequest("Which answers are best is known at the end: best_of above n cannot be streamed.", "best_of")
+    if body.echo and body.logprobs is not None:
+        raise InvalidRequest("Log-probabilities of a prompt are not implemented by this server yet; leave out echo or logprobs.", "echo")
+
+
+def _num_choices(body: GenerationBody) -> int:
+    """Answers that are written to each prompt."""
+    return (body.best_of if isinstance(body, CompletionBody) else None) or body.n or 1
 
 
 def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], ignored: tuple[str, ...], arrived_at: float) -> Job:
@@ -127,7 +154,7 @@ def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], i
             prompt_ids=tuple(prompt),
             sampling=_sampling(body, serving, len(prompt)),
             speculation=speculation,
-            choices=tuple(Choice(index) for index in range(body.n or 1)),
+            choices=tuple(Choice(index) for index in range(_num_choices(body))),
         )
         for i, prompt in enumerate(prompts)
     )
@@ -142,6 +169,8 @@ def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], i
         ignored=ignored,
         wants_provenance=bool(body.speculation and body.speculation.provenance),
         shows_stop=bool(body.include_stop_str_in_output),
+        shows_logprobs=_num_logprobs(body) is not None,
+        num_best=None if _num_choices(body) == (body.n or 1) else body.n or 1,
         arrived_at=arrived_at,
     )
 
@@ -166,7 +195,7 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
-        num_logprobs=_num_logprobs(body),
+        num_logprobs=0 if (num := _num_logprobs(body)) is None and _num_choices(body) > (body.n or 1) else num,  # best_of goes by them
         stop_token_ids=tuple(dict.fromkeys([*([] if body.ignore_eos else serving.info.end_token_ids), *(body.stop_token_ids or [])])),
     )
 
@@ -257,7 +286,7 @@ def _unused(part: Body, prefix: str = "") -> Iterator[str]:
         if name not in NOT_IMPLEMENTED:
             yield name
         elif not any(_is_same(value, neutral) for neutral in NOT_IMPLEMENTED[name]):
-            raise InvalidRequest(f"{name} is not implemented by this server yet. Leave it out.", name)
+            raise InvalidRequest(f"{name} is not implemented by this endpoint yet. Leave it out.", name)
 
 
 def _is_same(value: Any, neutral: Any) -> bool:

@@ -158,6 +158,10 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
+    best_of: int | None = Field(
+        None, ge=1, le=128, description="write so many answers and give the n likeliest, by the mean of log-probabilities"
+    )
+    echo: bool | None = Field(None, description="true: the prompt stands in front of its answer")
     logprobs: int | None = Field(None, ge=0, le=20, description="say of each token, and of so many others, how likely the target finds it")
     prompt: Prompts
 

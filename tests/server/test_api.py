@@ -443,6 +443,48 @@ async def test_logprobs_of_a_completion(both: Served) -> None:
     assert streamed == offsets
 
 
+@pytest.mark.parametrize("prompt", ["hello", ["hello", "hi"], [5, 9], [[5, 9], [7]]])
+async def test_an_echo_stands_in_front(served: Served, prompt: Any) -> None:
+    served.answer_with(parts=[Part((5, 9)), Part((7,))])
+    plain = (await served.complete(prompt=prompt, n=2)).json()["choices"]
+    whole = (await served.complete(prompt=prompt, n=2, echo=True)).json()["choices"]
+    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    tokenizer = TextTokenizer.from_folder(served.engine.info.target_path)
+    texts = [text if isinstance(text, str) else tokenizer.decode(text) for text in prompts]
+    assert [choice["text"] for choice in whole] == [texts[i // 2] + choice["text"] for i, choice in enumerate(plain)]
+    streamed = [""] * len(whole)
+    for chunk in chunks_of(await served.complete(prompt=prompt, n=2, echo=True, stream=True)):
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == [choice["text"] for choice in whole]
+
+
+async def test_the_likeliest_of_several_answers(served: Served) -> None:
+    served.answer_with(parts=[Part(())], by_choice=[(9, 9), (5, 5, 5), (7,), (6, 8)])
+    answer = (await served.complete(best_of=4, n=2)).json()
+    plain = (await served.complete(n=4)).json()
+    assert [choice["text"] for choice in answer["choices"]] == [plain["choices"][i]["text"] for i in (1, 2)]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"] == 8, "all that was written counts"
+    assert len(served.engine.requests[0].choices) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"best_of": 128}, "best_of"),
+        ({"echo": True, "logprobs": 0}, "echo"),
+    ],
+)
+async def test_wishes_for_completions_that_cannot_be(served: Served, fields: dict[str, Any], param: str) -> None:
+    assert error_of(await served.complete(**fields), 400)["param"] == param
+    assert error_of(await served.complete(prompt=["x"] * 5, best_of=4), 400)["param"] == "prompt"
+
+
 async def test_tokens_behind_a_stop_string_have_no_logprobs(served: Served) -> None:
     served.answer_with(parts=[Part((5, 9, 7))])
     texts = (await served.complete(logprobs=0)).json()["choices"][0]["logprobs"]["tokens"]
@@ -496,8 +538,7 @@ async def test_a_deployment_may_refuse_fields_that_change_nothing(folder: Path) 
         ("response_format", {"type": "json_object"}),
         ("prediction", {"type": "content", "content": "x"}),
         ("suffix", "x"),
-        ("echo", True),
-        ("best_of", 2),
+        ("moderation", {}),
         ("audio", {}),
     ],
 )
@@ -506,6 +547,15 @@ async def test_not_implemented(served: Served, field: str, value: Any) -> None:
     assert error["param"] == field
     assert field in error["message"]
     assert error_of(await served.complete(**{field: value}), 400)["param"] == field
+
+
+async def test_fields_of_the_other_endpoint_are_not_ignored(served: Served) -> None:
+    ours: tuple[tuple[str, Any], ...] = (("echo", True), ("best_of", 2))
+    theirs: tuple[tuple[str, Any], ...] = (("top_logprobs", 1), ("continue_final_message", True), ("chat_template_kwargs", {"x": 1}))
+    for field, value in ours:
+        assert error_of(await served.chat(**{field: value}), 400)["param"] == field
+    for field, value in theirs:
+        assert error_of(await served.complete(**{field: value}), 400)["param"] == field
 
 
 async def test_neutral_values_are_served(served: Served) -> None:
