@@ -87,16 +87,22 @@ class StopScanner:
         self._held = ""
         self.is_stopped = False
 
-    def push(self, text: str) -> str:
-        """The text that may go out. After a stop was found, what stood before it (or up to its end), and then nothing more."""
+    def push(self, text: str, may_stop: bool = True) -> str:
+        """The text that may go out. After a stop was found, what stood before it (or up to its end), and then nothing more.
+
+        One that is completed while it must not stop is text; one that only begins there counts.
+        """
         if self.is_stopped or not self._stops:
             return "" if self.is_stopped else text
         text, begin = self._held + text, len(self._held)
         for end in range(begin, len(text)):
             found = self._advance(text[end])
-            if found:
+            if not found:
+                continue
+            if may_stop:
                 self.is_stopped, self._held = True, ""
                 return text[: end + 1 - (0 if self._are_shown else found)]
+            self._pass_over()
         kept = len(text) - max(self._matched)
         self._held = text[kept:]
         return text[:kept]
@@ -105,6 +111,12 @@ class StopScanner:
         """What is held back, when nothing follows."""
         text, self._held = self._held, ""
         return text
+
+    def _pass_over(self) -> None:
+        """Go on behind a match that does not count, with what may still be the beginning of another."""
+        for i, (stop, borders) in enumerate(self._stops):
+            if self._matched[i] == len(stop):
+                self._matched[i] = borders[-1]
 
     def _advance(self, char: str) -> int:
         """Feed one character; length of the longest stop string that it completes."""

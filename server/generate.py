@@ -210,7 +210,7 @@ class _Answer:
         while len(pieces) < len(with_text) and not self.is_cut:
             pieces.append(self._detokenizer.push(with_text[len(pieces)]))
             is_searched = self.record.num_tokens + len(pieces) > self._num_unstopped
-            text += self._scanner.push(pieces[-1]) if is_searched else pieces[-1]
+            text += self._scanner.push(pieces[-1], may_stop=is_searched)
         if delta.finish_reason is not None and not self.is_cut:
             text += self._finish(delta.finish_reason)
             pieces += [""] * (len(delta.token_ids) - len(pieces))

@@ -20,7 +20,9 @@ from engine.errors import InvalidRequest, SourceError
 
 Message = dict[str, str]  # role and content
 
-OWN_VARIABLES = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
+OWN_VARIABLES = frozenset(
+    {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template", "tokenize"}
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class ChatTemplate:
         rendered = self._rendered([*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}], turn)
         if end not in rendered:
             raise InvalidRequest("The model's chat template does not show the last message, so it cannot be continued.", "messages")
-        return rendered[: rendered.index(end)]
+        return rendered[: rendered.rindex(end)]  # a template may show it twice
 
     def _rendered(self, messages: Sequence[Message], turn: Turn) -> str:
         try:

@@ -50,6 +50,7 @@ class TextTokenizer:
         """`tokenizer_json` is None for a model without a tokenizer: it takes token ids and answers with their numbers as text."""
         self._tokenizer = _plain(tokenizer_json) if tokenizer_json is not None else None
         self._template = template
+        self._token_texts: dict[int, tuple[str, bytes]] = {}
         if self._tokenizer is None or tokenizer_json is None:
             return
         spec = json.loads(self._tokenizer.to_str())  # as this version writes it: files leave out what has a default
@@ -98,15 +99,18 @@ class TextTokenizer:
         """Ids of a conversation under the chat template, up to where the assistant is to speak. Raises TextTooLong as `encode` does."""
         if self._template is None or self._tokenizer is None:
             raise InvalidRequest("This model has no chat template; use /v1/completions.", "messages")
-        texts = [*(message["content"] for message in messages), *_texts_in(turn.variables)]
+        texts = [*(message["content"] for message in messages), *texts_in(turn.variables)]
         if not any(map(self._any_special.search, texts)):
             rendered = self._template.render(messages, turn)
             self._check_length(rendered, max_model_len)
             return _ids(self._tokenizer, rendered)
         escape = _Escape(self._any_special)
-        hidden = replace(turn, variables=_with_texts(turn.variables, escape.hide))
+        hidden = replace(turn, variables={name: _with_texts(value, escape.hide) for name, value in turn.variables.items()})
         rendered = self._template.render([{**m, "content": escape.hide(m["content"])} for m in messages], hidden)
-        self._check_length(escape.reveal(rendered), max_model_len)
+        revealed = escape.reveal(rendered)
+        if escape.is_hidden_in(revealed):
+            raise InvalidRequest("The model's chat template changes a text that holds a special token, so it cannot stay text.", "messages")
+        self._check_length(revealed, max_model_len)
         return self._encode_around_special(rendered, escape)
 
     def detokenizer(self) -> Detokenizer | NumberWriter:
@@ -138,12 +142,18 @@ class TextTokenizer:
 
     def token_text(self, token_id: int) -> tuple[str, bytes]:
         """One token by itself, special ones by their names: as text, with U+FFFD for what is no whole character, and as bytes."""
+        if token_id not in self._token_texts:
+            self._token_texts[token_id] = self._new_token_text(token_id)  # at most one for each of the vocabulary
+        return self._token_texts[token_id]
+
+    def _new_token_text(self, token_id: int) -> tuple[str, bytes]:
         if self._tokenizer is None:
             text = f" {token_id}"
             return text, text.encode()
         raw = self.raw_bytes(token_id)
         if raw is None:
-            raw = self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+            alone, twice = (self._tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+            raw = twice[len(alone) :].encode()  # behind itself: decoders treat the first token of a text differently
         return raw.decode(errors="replace"), raw
 
     def _check_length(self, text: str, max_model_len: int | None) -> None:
@@ -183,7 +193,8 @@ class _Escape:
 
     def __init__(self, literals: re.Pattern[str]):
         self._literals = literals
-        self._mark = f"\ue000{secrets.token_hex(8)}:"
+        self._key = secrets.token_hex(8)
+        self._mark = f"\ue000{self._key}:"
         self._hidden: list[str] = []
 
     def hide(self, text: str) -> str:
@@ -191,6 +202,10 @@ class _Escape:
 
     def reveal(self, text: str) -> str:
         return re.sub(rf"{self._mark}(\d+)\ue001", lambda match: self._hidden[int(match[1])], text)
+
+    def is_hidden_in(self, text: str) -> bool:
+        """Whether something is hidden there that `reveal` did not find: what hid it was changed."""
+        return self._key in text
 
     def _hide_one(self, match: re.Match[str]) -> str:
         self._hidden.append(match[0])
@@ -306,13 +321,17 @@ def _byte_decoders(decoder: dict[str, Any] | None) -> tuple[bool, bool]:
     return "ByteLevel" in kinds, "ByteFallback" in kinds
 
 
-def _texts_in(value: Any) -> Iterator[str]:
-    """All texts in something that was JSON, keys of objects aside."""
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in something that was JSON, keys included."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping | list):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts_in(part)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield key
+            yield from texts_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from texts_in(part)
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -320,7 +339,7 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _with_texts(part, change) for key, part in value.items()}
+        return {change(key): _with_texts(part, change) for key, part in value.items()}
     return [_with_texts(part, change) for part in value] if isinstance(value, list) else value
 
 

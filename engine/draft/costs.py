@@ -8,7 +8,8 @@ from collections.abc import Mapping
 # Where a table has an entry. A pass in between counts for both neighbours.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 
-_WEIGHT = 0.05  # of a new observation
+_WEIGHT = 0.05  # of a new observation; an entry's first ones weigh more, as in a mean of which the table was the first _TRUST values
+_TRUST = 8
 _OUTLIER = 2.0  # an observation counts as at most so many times what was expected, and at least 1 / that: a busy moment is no law
 
 
@@ -25,6 +26,7 @@ class PassCosts:
         if unknown or any(not value > 0 for value in seconds.values()):
             raise ValueError(f"costs must be positive, at {ROWS}; got {dict(seconds)}")
         self._seconds = dict(seconds)
+        self._num_observed: dict[int, int] = {}  # by entry
         self._lay_out()
 
     def at(self, rows: int) -> float:
@@ -40,7 +42,12 @@ class PassCosts:
         return a + (b - a) * (rows - low) / (high - low)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A pass over so many rows took so long. Entries around it move a little towards what was seen."""
+        """A pass over so many rows took so long. Entries around it move towards what was seen.
+
+        So do, in proportion, those of more rows that nothing was seen of yet: a batch of many sequences, or a busy machine, makes all
+        passes longer. If they stayed behind, more rows would seem to be free wherever fewer were found to cost more than was measured.
+        Those of fewer rows stay as they are, and are tried.
+        """
         i = bisect_left(ROWS, rows)
         if i == len(ROWS):
             return
@@ -48,10 +55,13 @@ class PassCosts:
         if not self._known:
             self._seconds = dict.fromkeys(around, seconds)
         else:
-            expected = self.at(rows)
-            ratio = min(_OUTLIER, max(1 / _OUTLIER, seconds / expected))
-            for entry in around:
-                self._seconds[entry] = self.at(entry) * (1 + _WEIGHT * (ratio - 1))
+            ratio = min(_OUTLIER, max(1 / _OUTLIER, seconds / self.at(rows)))
+            weight = max(_WEIGHT, 1 / (_TRUST + min(self._num_observed.get(entry, 0) for entry in around)))
+            unseen = {entry for entry in self._seconds.keys() - self._num_observed.keys() if entry > rows}
+            moving = {entry: self.at(entry) for entry in unseen | around}
+            self._seconds |= {entry: value * (1 + weight * (ratio - 1)) for entry, value in moving.items()}
+        for entry in around:
+            self._num_observed[entry] = self._num_observed.get(entry, 0) + 1
         self._lay_out()
 
     def table(self) -> dict[int, float]:

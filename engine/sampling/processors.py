@@ -10,7 +10,7 @@ Sources: the penalties are OpenAI's (frequency and presence, over what was emitt
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence as ListLike
 
 import torch
@@ -60,79 +60,58 @@ class Penalties:
     is_mask = False
 
     def apply(self, logits: Tensor, rows: RowBatch) -> Tensor:
-        by_repetition, by_count = (
-            [row for row, seq in enumerate(rows.seqs) if has(seq.request.sampling)] for has in (_repetition, _counting)
-        )
-        if not by_repetition and not by_count:
+        members: dict[Sequence, list[int]] = defaultdict(list)
+        for row, seq in enumerate(rows.seqs):
+            if _has_penalty(seq.request.sampling):
+                members[seq].append(row)
+        if not members:
             return logits
-        texts = _Texts(rows)
-        logits = logits.clone()
-        if by_repetition:
-            _repeat(logits, texts, by_repetition)
-        if by_count:
-            _count(logits, texts, by_count)
+        logits, drafts = logits.clone(), rows.draft_ids.tolist()
+        for seq, own in members.items():
+            in_front = [drafts[rows.draft_index[row]][: rows.offsets[row]] for row in own]
+            if seq.request.sampling.repetition_penalty != 1:
+                _repeat(logits, seq, own, in_front)
+            _count(logits, seq, own, in_front)
         return logits
 
 
 STANDARD: tuple[LogitsProcessor, ...] = (MinTokens(), LogitBias(), Penalties())
 
 
-class _Texts:
-    """The text in front of each row. What its rows have in common is counted once for each sequence."""
-
-    def __init__(self, rows: RowBatch):
-        self._rows = rows
-        self._drafts: list[list[int]] = rows.draft_ids.tolist()
-        self._emitted: dict[Sequence, Counter[int]] = {}
-        self._prompts: dict[Sequence, set[int]] = {}
-
-    def sampling(self, row: int) -> SamplingParams:
-        return self._rows.seqs[row].request.sampling
-
-    def emitted(self, row: int) -> Counter[int]:
-        """How often each token stands between the prompt and the row."""
-        seq = self._rows.seqs[row]
-        if seq not in self._emitted:
-            self._emitted[seq] = Counter(seq.tokens[len(seq.request.prompt_ids) :])
-        return self._emitted[seq] + Counter(self._drafts[self._rows.draft_index[row]][: self._rows.offsets[row]])
-
-    def seen(self, row: int) -> set[int]:
-        """The tokens of the prompt and behind it."""
-        seq = self._rows.seqs[row]
-        if seq not in self._prompts:
-            self._prompts[seq] = set(seq.request.prompt_ids)
-        return self._prompts[seq] | self.emitted(row).keys()
+def _has_penalty(sampling: SamplingParams) -> bool:
+    return sampling.repetition_penalty != 1 or bool(sampling.frequency_penalty or sampling.presence_penalty)
 
 
-def _repetition(sampling: SamplingParams) -> bool:
-    return sampling.repetition_penalty != 1
+def _repeat(logits: Tensor, seq: Sequence, rows: list[int], drafts: list[list[int]]) -> None:
+    """In place: divided by the penalty where positive, else multiplied by it. What rows have in common is done for all of them at once."""
+    seen = set(seq.tokens)
+    new = [(row, token) for row, ids in zip(rows, drafts, strict=True) for token in set(ids) - seen]
+    pairs = _at(logits, [row for row, _ in new], [token for _, token in new])
+    for at in (_at(logits, rows, list(seen), crosswise=True), *([pairs] if new else [])):
+        found, penalty = logits[at], seq.request.sampling.repetition_penalty
+        logits[at] = torch.where(found > 0, found / penalty, found * penalty)
 
 
-def _counting(sampling: SamplingParams) -> bool:
-    return bool(sampling.frequency_penalty or sampling.presence_penalty)
-
-
-def _repeat(logits: Tensor, texts: _Texts, rows: list[int]) -> None:
-    """In place: divided by the penalty where positive, else multiplied by it."""
-    entries = [(row, token, texts.sampling(row).repetition_penalty) for row in rows for token in texts.seen(row)]
-    at_rows, tokens, factors = zip(*entries, strict=True)  # never empty: a prompt has tokens
-    at, penalty = _at(logits, at_rows, tokens), logits.new_tensor(factors)
-    found = logits[at]
-    logits[at] = torch.where(found > 0, found / penalty, found * penalty)
-
-
-def _count(logits: Tensor, texts: _Texts, rows: list[int]) -> None:
-    """In place: less frequency_penalty for each time, and presence_penalty for any."""
-    entries = [
-        (row, token, count * sampling.frequency_penalty + sampling.presence_penalty)
-        for row in rows
-        if (sampling := texts.sampling(row))
-        for token, count in texts.emitted(row).items()
+def _count(logits: Tensor, seq: Sequence, rows: list[int], drafts: list[list[int]]) -> None:
+    """In place: less frequency_penalty for each time, and presence_penalty for any. Likewise."""
+    sampling = seq.request.sampling
+    if not sampling.frequency_penalty and not sampling.presence_penalty:
+        return
+    emitted = Counter(seq.tokens[len(seq.request.prompt_ids) :])
+    if emitted:
+        penalties = [count * sampling.frequency_penalty + sampling.presence_penalty for count in emitted.values()]
+        logits[_at(logits, rows, list(emitted), crosswise=True)] -= logits.new_tensor(penalties)
+    new = [
+        (row, token, count * sampling.frequency_penalty + (0.0 if token in emitted else sampling.presence_penalty))
+        for row, ids in zip(rows, drafts, strict=True)
+        for token, count in Counter(ids).items()
     ]
-    if entries:
-        at_rows, tokens, penalties = zip(*entries, strict=True)
-        logits[_at(logits, at_rows, tokens)] -= logits.new_tensor(penalties)
+    if new:
+        at_rows, tokens, more = zip(*new, strict=True)
+        logits[_at(logits, at_rows, tokens)] -= logits.new_tensor(more)
 
 
-def _at(logits: Tensor, rows: ListLike[int], tokens: ListLike[int]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)
+def _at(logits: Tensor, rows: ListLike[int], tokens: ListLike[int], crosswise: bool = False) -> tuple[Tensor, Tensor]:
+    """An index: pair by pair, or every row with every token."""
+    found = torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)
+    return (found[0].unsqueeze(-1), found[1]) if crosswise else found

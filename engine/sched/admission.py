@@ -73,7 +73,7 @@ class Admission:
             ("min_p", 0 <= sampling.min_p <= 1, "between 0 and 1"),
             ("min_tokens", 0 <= sampling.min_tokens <= sampling.max_tokens, f"between 0 and max_tokens, {sampling.max_tokens}"),
             ("num_logprobs", sampling.num_logprobs is None or 0 <= sampling.num_logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
-            ("repetition_penalty", 0 < sampling.repetition_penalty < math.inf, "above 0 and finite"),
+            ("repetition_penalty", 0.01 <= sampling.repetition_penalty <= 100, "between 0.01 and 100"),
             ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "finite"),
             ("presence_penalty", math.isfinite(sampling.presence_penalty), "finite"),
             ("logit_bias", all(map(math.isfinite, sampling.logit_bias.values())), "finite"),

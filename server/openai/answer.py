@@ -96,11 +96,11 @@ class _Envelope:
             if echo := self.job.echo_of(delta.index):
                 choices.append(self.shape.delta(TextDelta(delta.index, echo, None)))
         if delta.text or delta.finish_reason or delta.tokens:
-            choices.append(self.detailed(self.shape.delta(delta), delta.index, delta.tokens))
+            choices.append(self.detailed(self.shape.delta(delta), delta.index, delta.tokens, is_piece=True))
         kind = schema.ChunkWithUsage if self.job.has_usage_chunk else schema.Chunk
         return [kind(**self._head, object=self.shape.chunk_object, choices=[choice]) for choice in choices]
 
-    def detailed(self, choice: schema.Choice, index: int, tokens: Sequence[EmittedToken]) -> schema.Choice:
+    def detailed(self, choice: schema.Choice, index: int, tokens: Sequence[EmittedToken], is_piece: bool = False) -> schema.Choice:
         """With who wrote its tokens and how likely they were, as far as that was asked for."""
         if self.job.wants_provenance:
             choice.provenance = [
@@ -109,7 +109,8 @@ class _Envelope:
             ]
         if self.job.shows_logprobs:
             shown = [token for token in tokens if not token.is_hidden]
-            self.shape.note_logprobs(choice, [self._likelihood(token) for token in shown], self._offsets[index])
+            if shown or not is_piece:
+                self.shape.note_logprobs(choice, [self._likelihood(token) for token in shown], self._offsets[index])
             self._offsets[index] += sum(len(token.text) for token in shown)
         return choice
 

@@ -37,7 +37,8 @@ class CompletionShape:
         choice.logprobs = schema.TextLogprobs(
             tokens=[token.text for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[{top.text: top.logprob for top in (*token.top, token)} for token in tokens],
+            # of tokens with the same text, such as parts of characters, the likeliest; the emitted one in any case
+            top_logprobs=[{top.text: top.logprob for top in (*reversed(token.top), token)} for token in tokens],
             text_offset=list(accumulate((token.length for token in tokens), initial=offset))[:-1],
         )
 

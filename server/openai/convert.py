@@ -26,16 +26,17 @@ from server.errors import UnknownModel
 from server.generate import Job
 from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody, Speculation
 from server.template import OWN_VARIABLES, Turn
-from server.text import LONG_TEXT
+from server.text import LONG_TEXT, texts_in
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_MAX_LOGGED = 256  # names: clients make them up
+_MAX_LOGGED, _LONGEST_NAME = 256, 64  # names of fields, and characters of one
 
 # Fields that OpenAI, vLLM or llama.cpp know and that would change the answer, and values that ask for nothing. null always does. Some are
 # known to one endpoint and not to the other.
 NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
     "allowed_token_ids": ([],),
     "audio": (),
     "bad_words": ([],),
@@ -44,6 +45,7 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
+    "dry_multiplier": (0,),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -53,13 +55,19 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "json_schema": (),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mirostat": (0,),
     "modalities": (["text"],),
     "moderation": (),
+    "n_predict": (),
     "prediction": (),
     "prompt_logprobs": (),
     "regex": (),
+    "repeat_penalty": (1,),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
@@ -67,6 +75,7 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
     "truncate_prompt_tokens": (),
+    "typical_p": (1,),
     "use_beam_search": (False,),
     "web_search_options": (),
     # in a message
@@ -82,8 +91,8 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     ignored = _ignored(body, serving)
     _check(body, serving, num_prompts=1)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
-    length = sum(len(message["content"]) for message in messages)
     turn = _turn(body)
+    length = sum(len(message["content"]) for message in messages) + sum(map(len, texts_in(turn.variables)))
     prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
     return _job(body, serving, [prompt], ignored, arrived_at)
 
@@ -96,10 +105,12 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
     prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
+    job = _job(body, serving, prompts, ignored, arrived_at)
     if not body.echo:
-        return _job(body, serving, prompts, ignored, arrived_at)
-    shown = [prompt if isinstance(prompt, str) else serving.tokenizer.text_of(prompt) for prompt in body.prompt]
-    return replace(_job(body, serving, prompts, ignored, arrived_at), echoes=tuple(shown))
+        return job
+    text_of = serving.tokenizer.text_of  # ids beyond the limit are refused soon, and need no text
+    shown = await _tokenised(lambda: [prompt if isinstance(prompt, str) else text_of(prompt[:limit]) for prompt in body.prompt], length)
+    return replace(job, echoes=tuple(shown))
 
 
 def header_safe(names: Sequence[str], limit: int = 1024) -> str:
@@ -260,7 +271,7 @@ def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
 
     Raises InvalidRequest for one that ought to change something and cannot yet, and for all where the deployment refuses them.
     """
-    names = dict.fromkeys(_unused(body))  # a set that keeps the order
+    names = dict.fromkeys(_unused(body))  # a set that keeps the order; names are short, since clients make them up
     for message in body.messages if isinstance(body, ChatBody) else ():
         names |= dict.fromkeys(_unused(message, "messages."))
     if body.stream_options is not None:
@@ -284,7 +295,7 @@ def _unused(part: Body, prefix: str = "") -> Iterator[str]:
         if value is None:
             continue
         if name not in NOT_IMPLEMENTED:
-            yield name
+            yield name[:_LONGEST_NAME]
         elif not any(_is_same(value, neutral) for neutral in NOT_IMPLEMENTED[name]):
             raise InvalidRequest(f"{name} is not implemented by this endpoint yet. Leave it out.", name)
 

@@ -125,7 +125,7 @@ class GenerationBody(Body):
     logit_bias: LogitBias | None = Field(None, description="added to the logits of tokens, by id")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False, description="for each time that the answer has a token")
     presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False, description="for a token that the answer has")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, allow_inf_nan=False, description="over prompt and answer; 1: off")
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100, allow_inf_nan=False, description="over prompt and answer; 1: off")
     ignore_eos: bool | None = Field(None, description="true: the model's end tokens do not end the answer")
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="end the answer, beside the model's own")
     include_stop_str_in_output: bool | None = Field(None, description="true: what ended the answer is part of it, if it has a text")
@@ -256,7 +256,7 @@ class TextLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
-    text_offset: list[int] = Field(description="where the token begins in the answer's text")
+    text_offset: list[int] = Field(description="where the token begins in the answer's text, or would if a stop string were part of it")
 
 
 class Traced(BaseModel):

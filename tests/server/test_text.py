@@ -150,6 +150,21 @@ def test_only_a_possible_stop_is_held_back(pieces: list[str], stops: list[str]) 
         assert sent == text[: len(text) - max(ends, default=0)]
 
 
+@given(
+    st.lists(st.tuples(st.text("ab", max_size=4), st.booleans()), max_size=8),
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=4),
+    st.booleans(),
+)
+def test_stops_count_only_where_they_may(pieces: list[tuple[str, bool]], stops: list[str], are_shown: bool) -> None:
+    """They may begin where they must not end."""
+    text, may = "".join(piece for piece, _ in pieces), [may for piece, may in pieces for _ in piece]
+    found = ((end, [stop for stop in stops if text[:end].endswith(stop)]) for end in range(1, len(text) + 1) if may[end - 1])
+    want = next(((text[: end if are_shown else end - max(map(len, ended))], True) for end, ended in found if ended), (text, False))
+    scanner = StopScanner(StopStrings(stops, are_shown))
+    out = "".join(scanner.push(piece, may) for piece, may in pieces) + scanner.flush()
+    assert (out, scanner.is_stopped) == want
+
+
 def test_a_long_stop_string_costs_no_more() -> None:
     scanner = StopScanner(StopStrings(["a" * 50_000 + "b"]))
     assert "".join(scanner.push("a" * 100) for _ in range(2000)) == "a" * 150_000
@@ -275,6 +290,26 @@ def test_a_template_that_hides_the_last_message_cannot_continue_it() -> None:
 def test_the_answer_need_not_be_opened() -> None:
     ids = TEXT.encode_chat(TALK[:1], turn=Turn(opens_answer=False))
     assert TINY.decode(ids, skip_special_tokens=False) == "<|im_start|>user\nhello<|im_end|>\n"
+
+
+def test_texts_that_a_template_changes_are_refused_where_they_hold_special_tokens() -> None:
+    text = TextTokenizer(TINY.to_str(), ChatTemplate("{{ words }}|{{ messages[0].content }}"))
+    assert "be brief" in TINY.decode(text.encode_chat(TALK[:1], turn=Turn(variables={"words": ["be brief"]})))
+    for words in ([SPECIAL[0]], {SPECIAL[0]: 1}):
+        with pytest.raises(InvalidRequest, match="cannot stay text"):
+            text.encode_chat(TALK[:1], turn=Turn(variables={"words": words}))
+
+
+def test_a_last_message_that_is_shown_twice_ends_where_it_is_shown_last() -> None:
+    text = TextTokenizer(TINY.to_str(), ChatTemplate("{{ messages[-1].content }}|{{ messages[-1].content }}!"))
+    ids = text.encode_chat(TALK, turn=Turn(continues_last=True))
+    assert TINY.decode(ids).endswith("|the ")
+
+
+def test_a_token_by_itself_is_what_it_adds_to_a_text() -> None:
+    for text in (TEXT, FALLBACK_TEXT, METASPACE_TEXT):
+        ids = [i for i in text.encode("the cat") if i not in text.special_ids]
+        assert "".join(text.token_text(i)[0] for i in ids).strip() == "the cat"
 
 
 def test_a_template_gets_further_variables_whose_special_tokens_stay_text() -> None:

@@ -44,12 +44,24 @@ def test_a_larger_pass_never_costs_less() -> None:
 def test_costs_follow_what_is_seen_and_not_a_single_hiccup() -> None:
     costs = PassCosts({1: 1.0, 8: 1.0})
     costs.observe(8, 1000.0)
-    assert costs.at(8) < 1.1
+    assert costs.at(8) < 1.2
     for _ in range(200):
         costs.observe(8, 3.0)
         costs.observe(1, 0.5)
     assert costs.at(8) == pytest.approx(3.0, rel=0.05)
     assert costs.at(1) == pytest.approx(0.5, rel=0.05)
+
+
+def test_costs_that_were_never_seen_go_along() -> None:
+    costs = PassCosts({1: 0.9, 16: 1.0, 32: 1.2})
+    for _ in range(60):
+        costs.observe(16, 2.0)
+    assert costs.at(16) == pytest.approx(2.0, rel=0.05)
+    assert costs.at(32) == pytest.approx(2.4, rel=0.05)
+    for _ in range(60):
+        costs.observe(32, 5.0)
+    assert costs.at(32) == pytest.approx(5.0, rel=0.05)
+    assert costs.at(16) == pytest.approx(2.0, rel=0.05), "what was seen is not changed by what is seen elsewhere"
 
 
 def test_costs_can_begin_with_nothing() -> None:
