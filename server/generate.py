@@ -36,10 +36,10 @@ class Job:
     is_stream: bool
     has_usage_chunk: bool
     ignored: tuple[str, ...]  # fields that changed nothing
+    num_shown: int  # of each prompt's answers: all, or the likeliest ones
     wants_provenance: bool = False
     shows_logprobs: bool = False
     echoes: tuple[str, ...] = ()  # what stands in front of the answers to each prompt; empty for nothing
-    num_best: int | None = None  # of each prompt's answers so many are shown, the likeliest ones; None shows all
     shows_stop: bool = False  # what ended an answer, if it has a text, is part of the answer
     arrived_at: float = field(default_factory=time.monotonic)
 

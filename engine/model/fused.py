@@ -83,7 +83,8 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [1, N, hidden] to [1, N, hidden]."""
         gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(self.act_fn(gate).mul_(up))  # type: ignore[no-any-return]  # torch and transformers leave it untyped
+        down: Tensor = self.down_proj(self.act_fn(gate).mul_(up))
+        return down
 
 
 class QuickNorm(nn.Module):

@@ -234,7 +234,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(dtype: Dtype, device: torch.device, config: PretrainedConfig) -> torch.dtype:
     """The configured dtype; auto is the checkpoint's own on a GPU and float32 on a CPU, where halves are slow."""
     if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]  # torch and transformers leave it untyped
+        named: torch.dtype = getattr(torch, dtype)
+        return named
     if device.type == "cpu":
         return torch.float32
     own = config.dtype

@@ -39,12 +39,14 @@ def why_not_float(dtype: torch.dtype) -> str:
 
 def pack(weight: Tensor) -> Tensor:
     """An opaque copy of `weight` [out, in]."""
-    return torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous())  # type: ignore[no-any-return]  # operators are untyped
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight.default(weight.contiguous())
+    return packed
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] times the packed weight, plus bias [out]: [..., out]."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]  # operators are untyped
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+    return y
 
 
 # ---------------------------------------------------------------------- 8 bits
@@ -65,7 +67,8 @@ def why_not_int8() -> str:
 
 def pack_int8(weight: Tensor) -> Tensor:
     """An opaque copy of `weight` [out, in] of int8."""
-    return torch.ops.onednn.qlinear_prepack.default(weight.contiguous(), None)  # type: ignore[no-any-return]  # operators are untyped
+    packed: Tensor = torch.ops.onednn.qlinear_prepack.default(weight.contiguous(), None)
+    return packed
 
 
 def to_uint8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,9 +104,10 @@ def linear_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     The sums are of integers, so the result is the same bits whatever else is in the batch.
     """
     zeros = _zeros(len(scales))
-    return torch.ops.onednn.qlinear_pointwise.default(  # type: ignore[no-any-return]  # operators are untyped
+    y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
         x, 1.0, _UINT8_ZERO, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
+    return y
 
 
 @cache

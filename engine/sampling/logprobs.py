@@ -19,7 +19,7 @@ from engine.request import TokenLogprobs
 def logprobs_of(logits: Tensor, rows: RowBatch, verdict: Verdict) -> list[tuple[TokenLogprobs, ...]]:
     """Of each of the B windows, one for each token that it emits; none for a request that wants none.
 
-    `logits` [R, V] are the target's, `rows` says whose. One transfer to the host, and none where nobody asks.
+    `logits` [R, V] are the target's, `rows` says whose. Nothing is read from the device where nobody asks.
     """
     first = [row for row, offset in enumerate(rows.offsets) if offset == 0]  # of each window
     wanted = [rows.seqs[row].request.sampling.num_logprobs for row in first]

@@ -74,10 +74,10 @@ def distil(
     student = _student(config, target, [examples[i] for i in learnt], end_token_ids(path), device)
     if config.training.precision == "bfloat16":
         target.to(torch.bfloat16)  # behind the student, which may take weights of it
-    kind = choose("none", target.dtype, device)
-    head = kind.make(target.lm_head if student.draft_ids is None else some_outputs(target.lm_head, student.draft_ids), UNKNOWN)
+    kind, own_head = choose("none", target.dtype, device), target.lm_head
     pack_linears(target, kind)
     if config.training.keep_states and not is_export_only:
+        head = kind.make(own_head if student.draft_ids is None else some_outputs(own_head, student.draft_ids), UNKNOWN)
         places = _kept(config, target, shards, by_shard, watch)
         teacher, examiner = (KeptTeacher(head, device, target.dtype, [places[i] for i in side]) for side in (learnt, held_out))
         teachers: tuple[Teacher, Teacher] = teacher, examiner

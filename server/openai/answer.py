@@ -143,11 +143,11 @@ async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, 
 
 def _shown(job: Job, tokens: Sequence[Sequence[EmittedToken]]) -> list[int]:
     """Which answers are shown, in their order: all, or of each prompt's the likeliest."""
-    if job.num_best is None:
-        return list(range(len(tokens)))
     num = len(job.requests[0].choices)
+    if job.num_shown == num:
+        return list(range(len(tokens)))
     by_prompt = [range(begin, begin + num) for begin in range(0, len(tokens), num)]
-    return [i for answers in by_prompt for i in sorted(answers, key=lambda i: -_mean_logprob(tokens[i]))[: job.num_best]]
+    return [i for answers in by_prompt for i in sorted(answers, key=lambda i: -_mean_logprob(tokens[i]))[: job.num_shown]]
 
 
 def _mean_logprob(tokens: Sequence[EmittedToken]) -> float:

@@ -181,12 +181,15 @@ def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], i
         wants_provenance=bool(body.speculation and body.speculation.provenance),
         shows_stop=bool(body.include_stop_str_in_output),
         shows_logprobs=_num_logprobs(body) is not None,
-        num_best=None if _num_choices(body) == (body.n or 1) else body.n or 1,
+        num_shown=body.n or 1,
         arrived_at=arrived_at,
     )
 
 
 def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) -> SamplingParams:
+    num_logprobs = _num_logprobs(body)
+    if num_logprobs is None and _num_choices(body) > (body.n or 1):
+        num_logprobs = 0  # best_of goes by them
     max_tokens = body.max_completion_tokens or body.max_tokens
     if max_tokens is None:
         max_tokens = serving.info.max_model_len - num_prompt_tokens
@@ -206,7 +209,7 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
-        num_logprobs=0 if (num := _num_logprobs(body)) is None and _num_choices(body) > (body.n or 1) else num,  # best_of goes by them
+        num_logprobs=num_logprobs,
         stop_token_ids=tuple(dict.fromkeys([*([] if body.ignore_eos else serving.info.end_token_ids), *(body.stop_token_ids or [])])),
     )
 

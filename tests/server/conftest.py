@@ -59,6 +59,10 @@ def tokenizer(folder: Path) -> TextTokenizer:
     return TextTokenizer.from_folder(folder)
 
 
+USER: Any = [{"role": "user", "content": "hello"}]
+RENDERED = "user\nhello\nassistant\n"  # the fake engine says the prompt back; special tokens have no text
+
+
 def make_deployment(**server: Any) -> Deployment:
     """A deployment with an alias and two presets."""
     return Deployment.model_validate(
@@ -155,6 +159,14 @@ def events_of(response: httpx.Response) -> list[str]:
     """The data of a stream's events, as they were sent."""
     assert response.headers["content-type"].startswith("text/event-stream")
     return [block.removeprefix("data: ") for block in response.text.split("\n\n") if block and not block.startswith(":")]
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert list(response.json()) == ["error"]
+    error: dict[str, Any] = response.json()["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    return error
 
 
 def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
