@@ -29,10 +29,14 @@ from engine.draft.adaptive import AdaptiveLength
 from engine.draft.confidence import ConfidenceLength
 from engine.draft.copying import Copying
 from engine.draft.costs import PassCosts
+from engine.draft.foresight import First, Forced
 from engine.draft.length import FixedLength, HeuristicLength
-from engine.draft.model import ModelDrafter
+from engine.draft.model import Aids, ModelDrafter
 from engine.draft.ngram import NGramDrafter, NoDrafter
+from engine.draft.prediction import Prediction
 from engine.errors import ConfigError
+from engine.grammar.automaton import Automata, Vocabulary
+from engine.grammar.masks import GrammarMasks
 from engine.kv.block_pool import BlockPool
 from engine.model.borrowed import lender_of
 from engine.model.draft_vocabulary import read_draft_ids
@@ -44,7 +48,7 @@ from engine.model.runner import ModelRunner
 from engine.model.source import Progress, default_cache_dir, fetch_config, locate, resolve, silent
 from engine.model.stack import DecoderStack
 from engine.model.timing import pass_seconds
-from engine.plan import Drafter, DraftLengthPolicy, LogitsProcessor, Rule
+from engine.plan import Drafter, DraftLengthPolicy, Foresight, LogitsProcessor, Rule
 from engine.request import Choice, Request, SamplingParams
 from engine.sampling.distributions import Distributions
 from engine.sampling.processors import STANDARD
@@ -82,6 +86,7 @@ class Extras:
     rules: Mapping[str, Rule] = field(default_factory=lambda: RULES)
     processors: ListLike[LogitsProcessor] = ()
     costs: Costs | None = None
+    vocabulary: Vocabulary | None = None  # for grammars; None: that of the target's tokenizer
 
 
 @dataclass(frozen=True)
@@ -148,17 +153,21 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length)
     block_size = config.engine.block_size
     require_memory(memory.bytes_per_token * memory.num_blocks * block_size, target.stack.device)
-    distributions = Distributions((*STANDARD, *extras.processors))
+    vocabulary = extras.vocabulary or Vocabulary.from_folder(target.path, target.end_token_ids)
+    automata = Automata(vocabulary)
+    distributions = Distributions((*STANDARD, GrammarMasks(automata), *extras.processors))
+    foresight = First((Forced(automata.next), Prediction()))
     policy = make_policy(config, extras.costs)
     parts = Parts(
         scheduler=Scheduler(
             BlockPool(memory.num_blocks, block_size), Limits(config.engine.max_sequences, config.engine.max_step_tokens), policy
         ),
-        drafter=_make_drafter(config, drafter, memory.num_blocks, _Drafting(distributions, extras.rules, policy, vocab_size)),
+        drafter=_make_drafter(config, drafter, memory.num_blocks, _Drafting(distributions, extras.rules, policy, vocab_size, foresight)),
         runner=ModelRunner(PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)),
         distributions=distributions,
         verifier=VERIFIERS[config.speculation.verification](extras.rules),
         max_drafter_tokens=config.engine.max_drafter_tokens or config.engine.max_step_tokens,
+        is_lost=automata.is_broken,
     )
     info = EngineInfo(
         incarnation=uuid.uuid4().hex,
@@ -170,6 +179,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         vocab_size=vocab_size,
         max_model_len=memory.max_model_len,
         end_token_ids=target.end_token_ids,
+        has_grammars=vocabulary is not None,
         rules=tuple(name for name, rule in extras.rules.items() if config.model.drafter.has_probabilities or not rule.needs_q),
         max_draft=policy.max_length,
         max_sequences=config.engine.max_sequences,
@@ -213,23 +223,24 @@ def _measured(config: EngineConfig, target: Member, drafter: Member | None, cach
 
 @dataclass(frozen=True)
 class _Drafting:
-    """What a drafter that is a model shares with the rest of the engine."""
+    """What a drafter shares with the rest of the engine."""
 
     distributions: Distributions
     rules: Mapping[str, Rule]
     policy: DraftLengthPolicy
     vocab_size: int  # what the pair has in common
+    foresight: Foresight
 
 
 def _make_drafter(config: EngineConfig, member: Member | None, num_blocks: int, shared: _Drafting) -> Drafter:
     kind = config.model.drafter
     if isinstance(kind, NGramDrafterConfig):
-        return NGramDrafter(kind.max_n, kind.min_n)
+        return NGramDrafter(kind.max_n, kind.min_n, shared.foresight)
     if member is None:
         return NoDrafter()
     model = PagedModel(member.stack, num_blocks, config.engine.block_size, shared.vocab_size)
     copying = Copying(kind.copying.doubt) if isinstance(kind, ModelDrafterConfig) and kind.copying else None
-    return ModelDrafter(model, shared.distributions, member.context_length, shared.rules, shared.policy, copying)
+    return ModelDrafter(model, shared.distributions, member.context_length, shared.rules, shared.policy, Aids(copying, shared.foresight))
 
 
 def _drafter_name(config: EngineConfig) -> str:

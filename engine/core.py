@@ -6,6 +6,7 @@ Synchronous and single-threaded: whoever owns the core calls `add`, `abort` and 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from engine.request import Request, TokenDelta
 from engine.sampling.distributions import Distributions
 from engine.sampling.logprobs import logprobs_of
 from engine.sched.scheduler import Scheduler, SchedulerCounters
+from engine.sequence import Sequence
 from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.verify.verifier import Verifier
 
@@ -30,6 +32,7 @@ class Parts:
     distributions: Distributions
     verifier: Verifier
     max_drafter_tokens: int
+    is_lost: Callable[[Sequence], bool]  # nothing can follow a sequence
 
 
 def windows_of(logits: Tensor, rows: RowBatch) -> tuple[Tensor, RowBatch]:
@@ -75,7 +78,7 @@ class EngineCore:
         p = parts.distributions.of(logits, rows)
         verdict = parts.verifier.verify(drafts, p, rows)
         parts.scheduler.policy.observe_step(_timing(plan, drafts, (began, drafted, time.perf_counter())))
-        deltas = parts.scheduler.commit(plan, drafts, verdict, logprobs_of(logits, rows, verdict))
+        deltas = parts.scheduler.commit(plan, drafts, verdict, logprobs_of(logits, rows, verdict), parts.is_lost)
         self._observe(plan, verdict)
         stats = self._stats(plan, drafts, deltas, before, time.perf_counter() - began)
         return StepOutput(deltas=tuple(deltas), stats=stats)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from engine.sequence import Sequence
 
@@ -68,6 +68,7 @@ class QKind(enum.IntEnum):
     NONE = 0  # nothing, and nothing was drafted there: the token is drawn from p
     ONE_HOT = 1  # a draft without probabilities
     DENSE = 2  # a row q
+    GIVEN = 3  # a draft without probabilities that is not the drafter's word: no rule judges it, and pi = p
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class DraftBatch:
     confidences: tuple[tuple[float, ...], ...] = ()  # [B] of each draft's row, its largest raw probability; empty if nobody reads it
     num_passes: int = 0  # of the drafter in this step
     num_rows: int = 0  # tokens that these ran
+    predicted_masks: tuple[int, ...] = ()  # [B] bit i: draft i comes from the request's prediction; empty where none does
 
     @property
     def num_draft_tokens(self) -> int:
@@ -135,6 +137,27 @@ class Verdict:
     deferred_masks: tuple[int, ...]  # [B] see request.Round
     lossy_masks: tuple[int, ...]  # [B]
     bonus_is_drafted: tuple[bool, ...]  # [B] the last token is the bonus, and the drafter wrote it
+
+
+class Foreseen(NamedTuple):
+    """A token that can be told before any model has run."""
+
+    token_id: int
+    is_predicted: bool = False  # it comes from the request's prediction
+
+
+class Foresight(Protocol):
+    """Tells tokens from the text alone. What is foreseen at a position is the same whatever the steps were: so is, then, who drafts there,
+    and the promise for seeded requests holds."""
+
+    def applies(self, seq: Sequence) -> bool:
+        """Whether anything can ever be foreseen for this sequence."""
+
+    def next(self, seq: Sequence, drafts: ListLike[int]) -> Foreseen | None:
+        """What comes behind the sequence and these drafts of it, if that can be told."""
+
+    def forget(self, seq: Sequence) -> None:
+        """The sequence has left the engine."""
 
 
 class Drafter(Protocol):

@@ -17,6 +17,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"  # an end token was emitted
     LENGTH = "length"  # max_tokens were emitted
+    ERROR = "error"  # nothing could follow: its grammar got too complex
     ABORT = "abort"  # the caller gave it up
 
 
@@ -74,6 +75,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     speculation: SpeculationParams = SpeculationParams()
+    grammar: str | None = None  # what every answer must be, as engine/grammar/automaton.py reads it
+    prediction_ids: tuple[int, ...] = ()  # what the answer is likely to be, in the client's opinion
     choices: tuple[Choice, ...] = (Choice(),)
     arrived_at: float = msgspec.field(default_factory=time.monotonic)  # the machine's monotonic clock, the same in all processes
 
@@ -85,6 +88,7 @@ class Round(msgspec.Struct, frozen=True):
     num_accepted: int  # leading drafts that stand; the token behind them was recovered or is the bonus
     deferred_mask: int = 0  # bit i: position i was verified and its draft was not in the rule's keep-set
     lossy_mask: int = 0  # bit i: draft i stands under the rule, and the same coin would have rejected it under exact
+    predicted_mask: int = 0  # bit i: draft i comes from the request's prediction
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from engine.request import Choice, Request
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """Committed tokens of one choice and where its KV stands. A draft is never stored here.
 

@@ -19,6 +19,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     max_model_len: int  # tokens of prompt and answer together: the smaller of model and pool
     end_token_ids: tuple[int, ...]  # union of model and generation config
+    has_grammars: bool = False  # answers can be held to one: the tokenizer and an end token are known
     rules: tuple[str, ...]
     max_draft: int
     max_sequences: int

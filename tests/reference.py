@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import regex
 import torch
 
 from engine.request import Request, SamplingParams
@@ -185,6 +186,41 @@ def unchanged(tokens: list[int], logits: Row) -> Row:
     return logits
 
 
+def spelled(tokens: list[int]) -> str:
+    """The text of the tiny vocabulary: a letter a token."""
+    return "".join(chr(ord("a") + token) for token in tokens)
+
+
+def ruled(pattern: str, request: Request, end: int) -> Change:
+    """What a regular expression leaves of a row: tokens that some answer goes on with, and the end where one is complete."""
+
+    def change(tokens: list[int], logits: Row) -> Row:
+        text = spelled(tokens[len(request.prompt_ids) :])
+        is_done = regex.fullmatch(pattern, text) is not None
+        goes_on = [regex.fullmatch(pattern, text + spelled([i]), partial=True) is not None for i in range(len(logits))]
+        return tuple(x if (is_done if i == end else goes_on[i]) else -math.inf for i, x in enumerate(logits))
+
+    return change
+
+
+def predicted(tokens: list[int], request: Request) -> int | None:
+    """What a prediction says comes next, read anew from its beginning."""
+    ids, place, is_lost = request.prediction_ids, 0, False
+    text = tuple(tokens[len(request.prompt_ids) :])
+    for end in range(1, len(text) + 1):
+        if not is_lost and ids[place : place + 1] == text[end - 1 : end]:
+            place += 1
+            continue
+        is_lost = True
+        for n, reach in ((3, 10**9), (2, 10**9), (1, 16)):
+            same = [i for i in range(n, len(ids)) if n <= end and ids[i - n : i] == text[end - n : end]]
+            behind = [i for i in same if place <= i <= place + reach]
+            if behind or (same and n > 1):
+                place, is_lost = (min(behind) if behind else max(same)), False
+                break
+    return ids[place] if not is_lost and place < len(ids) else None
+
+
 def answer(
     request: Request,
     target: NaiveModel,
@@ -209,7 +245,8 @@ def answer(
         u = [uniform(sampling.seed, choice, position, purpose) for purpose in (DRAFT, ACCEPT, RECOVER)]
         p_logits, p_penalised = seen(target)
         p = processed(p_penalised, sampling)
-        if drafter is None or not speculation.enabled or position > drafter.context:
+        is_certain = request.grammar is not None and sum(x > 0 for x in softmax(p_logits)) == 1
+        if drafter is None or not speculation.enabled or position > drafter.context or is_certain or predicted(tokens, request) is not None:
             token = draw(p, u[2])
         else:
             q_logits, q_penalised = seen(drafter)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from llguidance import LLTokenizer, TokenizerWrapper
 from pydantic import ByteSize
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,6 +32,7 @@ from engine.config import (
     SpeculationConfig,
 )
 from engine.core import EngineCore
+from engine.grammar.automaton import Vocabulary
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
 from engine.plan import LogitsProcessor, RawRows, RowBatch, Rule
@@ -40,6 +42,7 @@ from engine.verify.rules import RULES
 from tests.reference import NaiveCopying, NaiveModel, Row
 
 VOCAB = 24
+END = 23  # ends what a grammar rules; the other tokens are the letters from a on
 
 
 WINDOW = 5  # shorter than nearly every text of the tests
@@ -210,6 +213,24 @@ class Setup:
     processors: tuple[LogitsProcessor, ...] = ()
 
 
+class _Letters:
+    """The tiny vocabulary as llguidance asks for it."""
+
+    eos_token_id = END
+    bos_token_id = None
+    tokens = tuple(b"<end>" if i == END else bytes([ord("a") + i]) for i in range(VOCAB))
+    special_token_ids = (END,)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return [byte - ord("a") for byte in (text.encode() if isinstance(text, str) else text)]
+
+
+@cache
+def letters() -> Vocabulary:
+    """For grammars."""
+    return Vocabulary(LLTokenizer(TokenizerWrapper(_Letters())), (END,))
+
+
 def drafter_config(setup: Setup) -> DrafterConfig:
     copying = None if setup.doubt is None else CopyingConfig(doubt=setup.doubt)
     kinds: dict[str, DrafterConfig] = {
@@ -247,7 +268,7 @@ def make_core(setup: Setup) -> EngineCore:
             kv_cache=ByteSize(bytes_per_token * setup.block_size * setup.num_blocks),
         ),
     )
-    return assemble(config, target, drafter, Extras(TEST_RULES, setup.processors, DRAFTS_PAY))
+    return assemble(config, target, drafter, Extras(TEST_RULES, setup.processors, DRAFTS_PAY, letters()))
 
 
 @dataclass

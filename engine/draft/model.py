@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from engine.draft.copying import Copying
+from engine.draft.foresight import NoForesight
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
-from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
+from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
 from engine.sampling.distributions import Distributions
 from engine.sampling.draws import Purpose, draw, uniforms
 from engine.sequence import Sequence
@@ -28,31 +30,47 @@ class _Draft:
     chunk: Chunk
     computed: int  # the drafter's watermark, drafts included
     row: int = -1  # its row in the batch; -1 for a chunk that does not complete
-    num_rows: int = 0
-    num_drafted: int = 0
-    num_calls: int = 0
+    kinds: list[QKind] = field(default_factory=list)  # of the drafts
+    ids: list[int] = field(default_factory=list)  # the drafts, where something goes by them: foresight, or copying
+    has_row: bool = False  # the row that the next draft is drawn from is there
+    is_foretold: bool = False  # what comes behind the drafts is foreseen, so that nobody needs a row for it
     is_lagging: bool = False
     is_unsure: bool = False  # nothing more is to be drafted
+    num_calls: int = 0
+    predicted_mask: int = 0  # bit i: draft i comes from the request's prediction
     confidences: list[float] = field(default_factory=list)  # of its rows, if the policy reads them
-    drafted: list[int] = field(default_factory=list)  # the tokens, where there is copying, which goes by them
 
     @property
     def seq(self) -> Sequence:
         return self.chunk.seq
 
-    def has_row(self) -> bool:
-        """Whether the row that the next draft is drawn from is there."""
-        return self.num_rows > self.num_drafted
+    @property
+    def num_drafted(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def position(self) -> int:
+        """Of what comes next: so many tokens, drafts included, are in front of it."""
+        return len(self.seq.tokens) + self.num_drafted
+
+    @property
+    def has_room(self) -> bool:
+        return self.num_drafted < self.chunk.max_draft and not self.is_unsure
 
     def wants_draft(self) -> bool:
-        return self.has_row() and self._may_draft()
+        return self.has_row and self.has_room
 
-    def wants_row_behind(self) -> bool:
-        """Whether the newest draft is to be run: for the next one, or because every position needs a row."""
-        return self._may_draft() or self.seq.needs_q
+    def wants_row(self) -> bool:
+        """Whether there is to be a row behind the drafts: for the next one, or because every position that is not foreseen needs one."""
+        return not self.is_foretold and (self.has_room or self.seq.needs_q)
 
-    def _may_draft(self) -> bool:
-        return self.num_drafted < self.chunk.max_draft and not self.is_unsure
+    def take_back(self) -> None:
+        """Leave the last draft, which was foreseen, to the target."""
+        self.kinds.pop()
+        self.ids.pop()
+        self.confidences.pop()
+        self.predicted_mask &= (1 << self.num_drafted) - 1
+        self.is_foretold = True
 
 
 @dataclass(slots=True)
@@ -65,9 +83,22 @@ class _Table:
     probs: Tensor
     logits: Tensor | None  # what a rule reads; None where none of the batch does
 
+    def write(self, draft: _Draft, start: int) -> None:
+        """Enter the drafts of a row from `start` on, which are known here."""
+        if draft.num_drafted > start:
+            self.ids[draft.row, start : draft.num_drafted] = torch.tensor(draft.ids[start:], device=self.ids.device)
+
+
+@dataclass(frozen=True)
+class Aids:
+    """What helps a drafter that is a model."""
+
+    copying: Copying | None = None
+    foresight: Foresight = field(default_factory=NoForesight)
+
 
 class ModelDrafter:
-    """Drafts with a PagedModel of the target's vocabulary."""
+    """Drafts with a PagedModel of the target's vocabulary, but for what is foreseen: that costs no pass."""
 
     def __init__(
         self,
@@ -76,11 +107,13 @@ class ModelDrafter:
         context_length: int,
         rules: Mapping[str, Rule],
         policy: DraftLengthPolicy,
-        copying: Copying | None = None,
+        aids: Aids | None = None,
     ):
-        """`context_length`: positions that the model can hold. Behind them there are no rows, and no drafts."""
+        """`context_length`: positions that the model can hold. Behind them there are no rows, and no drafts but foreseen ones."""
         self._model = model
-        self._copying = copying
+        aids = aids or Aids()
+        self._copying = aids.copying
+        self._foresight = aids.foresight
         self._policy = policy
         self._reading_q = frozenset(name for name, rule in rules.items() if rule.needs_q)
         self._distributions = distributions
@@ -89,9 +122,12 @@ class ModelDrafter:
     @torch.inference_mode()
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
         drafts = [_Draft(chunk, chunk.seq.drafter_computed) for chunk in plan.chunks]
+        for draft in drafts:
+            if draft.chunk.completes and draft.seq.request.speculation.enabled:
+                self._foresee(draft)
         logits, ready, left = self._catch_up(drafts, budget)
         for draft in drafts:
-            draft.is_lagging = self._row_is_due(draft) and draft not in ready
+            self._settle_for_less(draft)
         emitting = [d for d in drafts if d.chunk.completes and not d.is_lagging]
         for row, draft in enumerate(emitting):
             draft.row = row
@@ -106,25 +142,47 @@ class ModelDrafter:
         """The scheduler moves the watermark back; nothing else is learnt."""
 
     def forget(self, seq: Sequence) -> None:
+        self._foresight.forget(seq)
         if self._copying is not None:
             self._copying.forget(seq)
 
+    # ------------------------------------------------------------------ what costs nothing
+    def _foresee(self, draft: _Draft) -> None:
+        """Draft what can be told without this model, as far as there is room."""
+        while not draft.is_foretold and (foreseen := self._foresight.next(draft.seq, draft.ids)) is not None:
+            if not draft.has_room:
+                draft.is_foretold = True
+                return
+            draft.predicted_mask |= foreseen.is_predicted << draft.num_drafted
+            draft.ids.append(foreseen.token_id)
+            draft.kinds.append(QKind.GIVEN)
+            draft.confidences.append(1.0)
+
+    def _settle_for_less(self, draft: _Draft) -> None:
+        """Where the row that is due behind the drafts could not be had: end in front of a foreseen token, which needs none, or lag."""
+        if draft.chunk.completes and draft.seq.needs_q and draft.wants_row() and self._is_behind(draft):
+            if draft.kinds:
+                draft.take_back()
+            else:
+                draft.is_lagging = True
+
     # ------------------------------------------------------------------ catching up
-    def _row_is_due(self, draft: _Draft) -> bool:
-        """Whether the chunk must not emit without a drafter's row: a position up to the context's length has one."""
-        return draft.chunk.completes and draft.seq.needs_q and len(draft.seq.tokens) <= self._context_length
+    def _is_behind(self, draft: _Draft) -> bool:
+        """Whether the row for the next position is missing although there can be one: a position up to the context's length has it."""
+        return draft.computed < draft.position <= self._context_length
 
     def _num_behind(self, draft: _Draft) -> int:
         """Tokens to run before the row for the next position is there, or before the chunk's end."""
         chunk, seq = draft.chunk, draft.seq
         if not seq.request.speculation.enabled:
             return 0
-        if chunk.completes and not chunk.max_draft and not seq.needs_q:
+        if chunk.completes and not draft.wants_row():
             return 0  # nothing is drafted and no row is needed: catch up when something is
-        return max(0, min(seq.num_computed + chunk.num_tokens, self._context_length) - draft.computed)
+        end = draft.position if chunk.completes else seq.num_computed + chunk.num_tokens
+        return max(0, min(end, self._context_length) - draft.computed)
 
     def _catch_up(self, drafts: list[_Draft], budget: int) -> tuple[Tensor, list[_Draft], int]:
-        """Run committed tokens, oldest sequence first. Returns logits, whose they are, and the budget that is left."""
+        """Run committed tokens and foreseen ones, oldest sequence first. Returns logits, whose they are, and the budget that is left."""
         segments, ids, rows, ready = [], [], [], []
         for draft in drafts:
             num = min(self._num_behind(draft), budget)
@@ -132,10 +190,11 @@ class ModelDrafter:
                 continue
             budget -= num
             segments.append(Segment(draft.seq.block_table, draft.computed, num))
-            ids.extend(draft.seq.tokens[draft.computed : draft.computed + num])
+            text = [*draft.seq.tokens, *draft.ids] if draft.ids else draft.seq.tokens
+            ids.extend(text[draft.computed : draft.computed + num])
             draft.computed += num
             draft.num_calls += 1
-            if draft.chunk.completes and draft.computed == len(draft.seq.tokens):
+            if draft.chunk.completes and draft.computed == draft.position:
                 rows.append(len(ids) - 1)
                 ready.append(draft)
         logits = self._model.forward(segments, torch.tensor(ids, dtype=torch.long, device=self._model.stack.device), rows)
@@ -143,25 +202,28 @@ class ModelDrafter:
 
     # ------------------------------------------------------------------ drafting
     def _new_table(self, emitting: list[_Draft], ready: list[_Draft]) -> _Table:
-        longest = max((d.chunk.max_draft for d in ready), default=0)
+        longest = max((*(d.chunk.max_draft for d in ready), *(d.num_drafted for d in emitting)), default=0)
         is_read = any(d.seq.request.speculation.rule in self._reading_q for d in ready)
         device, vocab = self._model.stack.device, self._model.vocab_size
         dtype = torch.promote_types(self._model.stack.dtype, torch.float32)
         shape = (len(emitting), longest + 1, vocab)
         keys = torch.tensor([[d.seq.key] for d in emitting], dtype=torch.long, device=device).view(-1, 1)
         first = torch.tensor([[len(d.seq.tokens)] for d in emitting], dtype=torch.long, device=device).view(-1, 1)
-        return _Table(
+        table = _Table(
             drafts=emitting,
             numbers=uniforms(keys, first + torch.arange(longest, device=device), Purpose.DRAFT),
             ids=torch.zeros(len(emitting), longest, dtype=torch.long, device=device),
             probs=torch.zeros(shape, dtype=dtype, device=device),
             logits=torch.zeros(shape, dtype=dtype, device=device) if is_read else None,
         )
+        for draft in emitting:
+            table.write(draft, 0)
+        return table
 
     def _store(self, table: _Table, drafts: list[_Draft], logits: Tensor) -> None:
         """Turn logits [N, V] into the next row q of each of N drafts."""
         if self._copying is not None:
-            logits = self._copying.mixed(logits, [d.seq for d in drafts], [d.drafted for d in drafts])
+            logits = self._copying.mixed(logits, [d.seq for d in drafts], [d.ids for d in drafts])
         batch = RowBatch(
             seqs=tuple(d.seq for d in drafts),
             offsets=tuple(d.num_drafted for d in drafts),
@@ -169,39 +231,55 @@ class ModelDrafter:
             draft_ids=table.ids,
         )
         rows: Rows = self._distributions.of(logits, batch)
-        at = [d.row for d in drafts], [d.num_rows for d in drafts]
+        at = [d.row for d in drafts], [d.num_drafted for d in drafts]
         table.probs[at] = rows.probs
         if table.logits is not None and rows.logits is not None:
             table.logits[at] = rows.logits
         for draft in drafts:
-            draft.num_rows += 1
+            draft.has_row = True
         if self._policy.reads_confidence and rows.logits is not None:
             # at temperature 1: a greedy row is always sure of itself
             for draft, confidence in zip(drafts, rows.logits.softmax(-1).amax(-1).tolist(), strict=True):
                 draft.confidences.append(confidence)
 
     def _extend(self, table: _Table, drafts: list[_Draft]) -> int:
-        """Draw one more token for each, and run those behind which a row is wanted. Returns the tokens run or drawn."""
+        """Draft one more token for each, and run those behind which a row is wanted. Returns the tokens run or drawn."""
         at = tuple(torch.tensor([[d.row, d.num_drafted] for d in drafts], device=table.ids.device).unbind(-1))
         drawn = draw(table.probs[at], table.numbers[at])
         table.ids[at] = drawn
-        if self._copying is not None:
-            for draft, token_id in zip(drafts, drawn.tolist(), strict=True):
-                draft.drafted.append(token_id)
-        for draft in drafts:
-            draft.num_drafted += 1
+        self._note(drafts, drawn)
         goes_on = self._policy.who_goes_on([self._drafting(d) for d in drafts])
         for draft, is_sure in zip(drafts, goes_on, strict=True):
             draft.is_unsure = not is_sure
-        run = [i for i, d in enumerate(drafts) if d.wants_row_behind() and d.computed < self._context_length]
-        if run:
-            running = [drafts[i] for i in run]
-            segments = [Segment(d.seq.block_table, d.computed, 1) for d in running]
-            self._store(table, running, self._model.forward(segments, drawn[run], range(len(run))))
-            for draft in running:
-                draft.computed += 1
-                draft.num_calls += 1
-        return len(drafts)
+            num_drawn = draft.num_drafted
+            self._foresee(draft)
+            table.write(draft, num_drawn)
+        running = [d for d in drafts if d.wants_row() and self._is_behind(d)]
+        num_more = sum(d.position - d.computed - 1 for d in running)
+        if running:
+            self._run(table, running)
+        return len(drafts) + num_more
+
+    def _note(self, drafts: list[_Draft], drawn: Tensor) -> None:
+        """Count a draft more for each. What it is has to be known here only where something goes by it."""
+        for draft in drafts:
+            draft.kinds.append(QKind.DENSE)
+            draft.has_row = False
+        if self._copying is not None or any(self._foresight.applies(d.seq) for d in drafts):
+            for draft, token_id in zip(drafts, drawn.tolist(), strict=True):
+                draft.ids.append(token_id)
+
+    def _run(self, table: _Table, drafts: list[_Draft]) -> None:
+        """Run the drafts that were made last, for the rows behind them."""
+        segments = [Segment(d.seq.block_table, d.computed, d.position - d.computed) for d in drafts]
+        at = [(d.row, i) for d in drafts for i in range(d.computed - len(d.seq.tokens), d.num_drafted)]
+        rows, columns = torch.tensor(at, device=table.ids.device).unbind(-1)
+        ends = accumulate(segment.num_tokens for segment in segments)
+        logits = self._model.forward(segments, table.ids[rows, columns], [end - 1 for end in ends])
+        for draft in drafts:
+            draft.computed = draft.position
+            draft.num_calls += 1
+        self._store(table, drafts, logits)
 
     def _drafting(self, draft: _Draft) -> Drafting:
         room = draft.chunk.max_draft - draft.num_drafted if draft.computed < self._context_length else 0
@@ -212,12 +290,17 @@ class ModelDrafter:
         return DraftBatch(
             lengths=tuple(d.num_drafted for d in table.drafts),
             ids=table.ids,
-            kinds=[[*[QKind.DENSE] * d.num_rows, *[QKind.NONE] * (width - d.num_rows)] for d in table.drafts],
-            rows=Rows(table.probs, table.logits, allowed=None) if any(d.num_rows for d in table.drafts) else None,
+            kinds=[_padded([*d.kinds, QKind.DENSE if d.has_row else QKind.NONE], width) for d in table.drafts],
+            rows=Rows(table.probs, table.logits, allowed=None) if any(d.has_row or QKind.DENSE in d.kinds for d in table.drafts) else None,
             drafter_computed=tuple(d.computed for d in drafts),
             lagging=tuple(d.is_lagging for d in drafts),
             num_calls=tuple(d.num_calls for d in drafts),
             confidences=tuple(tuple(d.confidences[: d.num_drafted]) for d in table.drafts) if self._policy.reads_confidence else (),
             num_passes=max((d.num_calls for d in drafts), default=0),
             num_rows=sum(max(0, d.computed - d.chunk.seq.drafter_computed) for d in drafts),
+            predicted_masks=tuple(d.predicted_mask for d in table.drafts),
         )
+
+
+def _padded(kinds: list[QKind], width: int) -> list[int]:
+    return [*kinds, *[QKind.NONE] * (width - len(kinds))]

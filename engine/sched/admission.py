@@ -34,6 +34,9 @@ class Admission:
         if not request.prompt_ids:
             raise InvalidRequest("The prompt has no tokens; at least one is needed.", "prompt")
         self._check_sampling(sampling)
+        if request.grammar is not None:
+            self._check_grammar(sampling)
+        self._check_ids(request.prediction_ids, "prediction")
         if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:
             raise ContextLengthExceeded(len(request.prompt_ids), sampling.max_tokens, info.max_model_len)
         self._check_ids(request.prompt_ids, "prompt")
@@ -46,6 +49,17 @@ class Admission:
         if len(request.choices) > info.max_sequences + self._max_queued:
             raise InvalidRequest(
                 f"n is {len(request.choices)} and must be at most {info.max_sequences + self._max_queued}, what this server can hold.", "n"
+            )
+
+    def _check_grammar(self, sampling: SamplingParams) -> None:
+        """A grammar decides where an answer ends, so nothing else may."""
+        if not self._info.has_grammars:
+            raise InvalidRequest("This model's answers cannot be held to a grammar: it has no tokenizer.json or no end token.", "grammar")
+        if sampling.min_tokens:
+            raise InvalidRequest("min_tokens cannot be had with a grammar, which decides where an answer may end.", "min_tokens")
+        if missing := set(self._info.end_token_ids) - set(sampling.stop_token_ids):
+            raise InvalidRequest(
+                f"A grammar's answer ends with an end token of the model, so stop_token_ids must hold {sorted(missing)}.", "ignore_eos"
             )
 
     def _check_ids(self, ids: Iterable[int], param: str) -> None:

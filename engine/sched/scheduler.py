@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
 
@@ -191,11 +191,16 @@ class Scheduler:
 
     # ------------------------------------------------------------------ committing
     def commit(
-        self, plan: StepPlan, drafts: DraftBatch, verdict: Verdict, logprobs: ListLike[tuple[TokenLogprobs, ...]] | None = None
+        self,
+        plan: StepPlan,
+        drafts: DraftBatch,
+        verdict: Verdict,
+        logprobs: ListLike[tuple[TokenLogprobs, ...]] | None = None,
+        is_lost: Callable[[Sequence], bool] = lambda seq: False,
     ) -> list[TokenDelta]:
         """Append what was emitted, roll back what was rejected, publish full blocks, free what has ended.
 
-        `logprobs` has an entry for each completing chunk, None stands for none.
+        `logprobs` has an entry for each completing chunk, None stands for none. `is_lost` says of a sequence that nothing can follow it.
         """
         deltas, row = [], 0
         for index, chunk in enumerate(plan.chunks):
@@ -205,7 +210,7 @@ class Scheduler:
             seq.num_drafter_calls += drafts.num_calls[index]
             reason = None
             if chunk.completes:
-                delta = self._emit(seq, drafts, verdict, row, logprobs[row] if logprobs else ())
+                delta = _lost(seq) if is_lost(seq) else self._emit(seq, drafts, verdict, row, logprobs[row] if logprobs else ())
                 deltas.append(delta)
                 reason, row = delta.finish_reason, row + 1
             seq.drafter_computed = min(drafts.drafter_computed[index], seq.num_computed)  # rollback moves two pointers
@@ -232,7 +237,8 @@ class Scheduler:
         num_accepted = min(verdict.num_accepted[row], num_draft)
         self.policy.observe(seq, num_draft, num_accepted, drafts.confidences[row] if drafts.confidences else ())
         mask = (1 << num_draft) - 1
-        became = Round(num_draft, num_accepted, verdict.deferred_masks[row] & mask, verdict.lossy_masks[row] & mask)
+        predicted = drafts.predicted_masks[row] & mask if drafts.predicted_masks else 0
+        became = Round(num_draft, num_accepted, verdict.deferred_masks[row] & mask, verdict.lossy_masks[row] & mask, predicted)
         return TokenDelta(
             request_id=seq.request.id,
             choice=seq.choice.index,
@@ -278,6 +284,11 @@ class Scheduler:
             assert awaited.isdisjoint(seq.block_keys[: seq.num_published]), "a block is awaited that was published"
             assert seq.drafter_computed <= seq.num_computed < len(seq.tokens), "a watermark is off"
             assert len(seq.block_table) >= self.pool.blocks_for(seq.num_computed), "KV without a block"
+
+
+def _lost(seq: Sequence) -> TokenDelta:
+    """The end of an answer that cannot go on."""
+    return TokenDelta(request_id=seq.request.id, choice=seq.choice.index, token_ids=(), finish_reason=FinishReason.ERROR)
 
 
 def _drafted_mask(verdict: Verdict, row: int) -> int:

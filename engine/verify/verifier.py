@@ -7,7 +7,7 @@ every position of a request is made in the same way, however the steps happen to
 A position's token has the law pi = q on A + eta * p, eta = max(0, 1 - q(A)), where A is the rule's keep-set:
 
     DENSE           the draft x stands if u_accept * q(x) < pi(x); else y is drawn from max(0, pi - q), with the recover number
-    ONE_HOT, NONE   x is drawn from pi with the recover number; a draft stands if it is x
+    others          x is drawn from pi with the recover number; a draft stands if it is x
 
 Both have the law pi, and acceptance min(1, pi / q). Only pi(x), and one residual row a sequence, are ever computed.
 """
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from engine.plan import DraftBatch, QKind, RowBatch, Rows, Rule, Verdict
+from engine.plan import DraftBatch, RowBatch, Rows, Rule, Verdict
 from engine.sampling.draws import Purpose, draw
 from engine.verify.mixture import Mixture
 from engine.verify.window import Window
@@ -51,7 +51,7 @@ class Verifier:
     def _accept(self, window: Window, pi: Mixture) -> Tensor:
         """[R] whether the draft of each row stands; False at bonus positions."""
         accepted = torch.zeros(len(window.kinds), dtype=torch.bool, device=window.device)
-        dense, blind = window.draft_rows(QKind.DENSE), window.draft_rows(QKind.ONE_HOT)
+        dense, blind = window.draft_rows(is_dense=True), window.draft_rows(is_dense=False)
         if dense:
             x = window.drafted[dense]
             accepted[dense] = window.uniforms(Purpose.ACCEPT, dense) * window.q_at(dense, x) < pi.at(dense, x)
@@ -80,8 +80,8 @@ class Verifier:
         everywhere = torch.arange(len(window.kinds), device=window.device)
         kept = pi.keep_at(everywhere, window.drafted)
         lossy = torch.zeros_like(stands)
-        dense = [r for r in window.draft_rows(QKind.DENSE) if r in pi.cascading]
-        blind = [r for r in window.draft_rows(QKind.ONE_HOT) if r in pi.cascading]
+        dense = [r for r in window.draft_rows(is_dense=True) if r in pi.cascading]
+        blind = [r for r in window.draft_rows(is_dense=False) if r in pi.cascading]
         if dense:
             x = window.drafted[dense]
             lossy[dense] = window.uniforms(Purpose.ACCEPT, dense) * window.q_at(dense, x) >= window.p_at(dense, x)

@@ -82,9 +82,9 @@ class Window:
         positions = [len(seq.tokens) + offset for seq, offset in zip(self.rows.seqs, self.rows.offsets, strict=True)]
         return torch.tensor(positions, dtype=torch.long, device=self.device)
 
-    def draft_rows(self, kind: QKind) -> list[int]:
-        """Rows of drafts of one kind."""
-        return [row for row, (b, j) in enumerate(self.index) if self.kinds[row] is kind and j < self.drafts.lengths[b]]
+    def draft_rows(self, is_dense: bool) -> list[int]:
+        """Rows of drafts that were drawn from a row q, or of those that were not."""
+        return [row for row, (b, j) in enumerate(self.index) if (self.kinds[row] is QKind.DENSE) == is_dense and j < self.drafts.lengths[b]]
 
     def uniforms(self, purpose: Purpose, rows: list[int] | Tensor) -> Tensor:
         return uniforms(self._keys[rows], self._positions[rows], purpose)
@@ -109,7 +109,7 @@ class Window:
     def q_rows(self, rows: list[int] | Tensor) -> Tensor:
         """[N, V] rows q; those that are not dense are one-hot at their draft."""
         one = None
-        if self.drafts.rows is None or QKind.ONE_HOT in self.kinds:
+        if self.drafts.rows is None or not {QKind.ONE_HOT, QKind.GIVEN}.isdisjoint(self.kinds):
             one = one_hot(self.drafted[rows], self.p.probs.shape[-1]).to(self.p.probs.dtype)
         if self.drafts.rows is None:
             assert one is not None

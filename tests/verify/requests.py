@@ -6,8 +6,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
+from llguidance import LLMatcher
+
 from engine.request import Request, SamplingParams, SpeculationParams
-from tests.tiny import VOCAB
+from tests.reference import Change, answer, ruled, unchanged
+from tests.tiny import END, VOCAB, naive_target
 
 _rng = random.Random(7)
 HEAD = tuple(_rng.randrange(VOCAB) for _ in range(9))
@@ -33,6 +37,10 @@ RULES = (
     ("diff_log", -0.1),
     ("bild", 0.3),
 )
+
+
+# over the letters of the tiny vocabulary: places where anything goes, where little does, and where one token alone does
+PATTERNS = ("([a-k]{2}lm)*n", "a?(b|c[d-w]+)efg.*", "[a-w]*", "([a-w]{3}|b+c)(hij|k)*")
 
 
 def prompt(i: int) -> tuple[int, ...]:
@@ -90,3 +98,28 @@ def seeded() -> list[Request]:
         )
         for i, ((rule, alpha), enabled, base) in enumerate(kinds)
     ]
+
+
+def guided(requests: list[Request]) -> list[Request]:
+    """Half of the requests with a grammar, or with a prediction that is right but for a few tokens, or with both."""
+    return [_guided(i // 2, request) if i % 2 else request for i, request in enumerate(requests)]
+
+
+def mask_of(request: Request) -> Change:
+    """What the grammar of a guided request leaves of a row, for the oracle."""
+    return unchanged if request.grammar is None else ruled(_pattern_of[request.grammar], request, END)
+
+
+_pattern_of = {LLMatcher.grammar_from_regex(pattern): pattern for pattern in PATTERNS}
+
+
+def _guided(i: int, request: Request) -> Request:
+    if i % 3:
+        sampling = msgspec.structs.replace(request.sampling, min_tokens=0, stop_token_ids=(*request.sampling.stop_token_ids, END))
+        request = msgspec.structs.replace(request, grammar=list(_pattern_of)[i % len(_pattern_of)], sampling=sampling)
+    if i % 3 != 1:
+        guess = list(answer(request, naive_target(), mask=mask_of(request)))
+        guess[i % len(guess)] = 1  # an identifier is changed,
+        del guess[len(guess) // 2 : len(guess) // 2 + i % 2]  # and something left out
+        request = msgspec.structs.replace(request, prediction_ids=tuple(guess))
+    return request

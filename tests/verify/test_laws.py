@@ -332,7 +332,8 @@ def test_a_length_that_looks_at_the_drawn_token_does_not(monkeypatch: pytest.Mon
         for draft in table.drafts:
             at = draft.row, 0
             if draft.num_drafted and table.probs[at][table.ids[at]] < 0.25:
-                draft.num_drafted, draft.num_rows = 0, 0
+                draft.kinds.clear()
+                draft.has_row = False
         return real(self, drafts, table)
 
     monkeypatch.setattr(ModelDrafter, "_batch", dropping)

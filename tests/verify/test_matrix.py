@@ -13,7 +13,7 @@ import pytest
 from engine.config import AdaptiveLengthConfig, ConfidenceLengthConfig, FixedLengthConfig, HeuristicLengthConfig, LengthConfig
 from tests.reference import answer
 from tests.tiny import ARCHITECTURES, WINDOW, Setup, drive, make_core, naive_target, target_model
-from tests.verify.requests import greedy
+from tests.verify.requests import greedy, guided, mask_of
 
 DRAFTERS = {
     "none": Setup(drafter="none"),
@@ -40,8 +40,8 @@ POLICIES: tuple[LengthConfig, ...] = (
 def test_greedy_text_is_that_of_the_naive_loop(drafter: str, max_step_tokens: int) -> None:
     preemptions = reused = 0
     for policy, block_size, num_requests in itertools.product(POLICIES, (2, 4), (1, 3, 8)):
-        requests = greedy(num_requests)
-        want = {(r.id, 0): answer(r, naive_target()) for r in requests}
+        requests = guided(greedy(num_requests))
+        want = {(r.id, 0): answer(r, naive_target(), mask=mask_of(r)) for r in requests}
         longest = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
         for num_blocks in (-(-longest // block_size), 200):  # the smaller pool holds the longest request and nothing beside it
             setup = replace(DRAFTERS[drafter], policy=policy, block_size=block_size, num_blocks=num_blocks, max_step_tokens=max_step_tokens)

@@ -23,7 +23,7 @@ from tests.tiny import (
     naive_target,
     penalise_repeats,
 )
-from tests.verify.requests import prompt, seeded
+from tests.verify.requests import guided, mask_of, prompt, seeded
 
 POLICIES: tuple[LengthConfig, ...] = (
     FixedLengthConfig(max=0),
@@ -64,8 +64,8 @@ def promised(setup: Setup) -> list[Request]:
 
 @pytest.mark.parametrize(("name", "policy"), CASES)
 def test_same_text_at_any_length_budget_and_pool(name: str, policy: LengthConfig) -> None:
-    requests = promised(SETUPS[name])
-    want = {(r.id, 0): answer(r, naive_target(), drafter_of(SETUPS[name])) for r in requests}
+    requests = guided(promised(SETUPS[name]))
+    want = {(r.id, 0): answer(r, naive_target(), drafter_of(SETUPS[name]), mask=mask_of(r)) for r in requests}
     for i, ((num_blocks, block_size), budget) in enumerate(itertools.product(((13, 2), (7, 4), (200, 4)), (3, 7, 64))):
         setup = replace(
             SETUPS[name],
@@ -111,9 +111,9 @@ def test_logprobs_are_the_targets_own_whoever_wrote_the_token(name: str) -> None
 @pytest.mark.parametrize("name", SETUPS)
 def test_alone_is_the_same_as_in_a_batch(name: str) -> None:
     core = make_core(SETUPS[name])
-    for request in promised(SETUPS[name]):
+    for request in guided(promised(SETUPS[name])):
         got = drive(core, [request]).tokens
-        assert got == {(request.id, 0): answer(request, naive_target(), drafter_of(SETUPS[name]))}
+        assert got == {(request.id, 0): answer(request, naive_target(), drafter_of(SETUPS[name]), mask=mask_of(request))}
 
 
 def test_a_restart_continues_with_the_same_text() -> None:

@@ -1,0 +1,38 @@
+"""Grammars as a hard mask on rows of logits, those of the target and those of the drafter alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.grammar.automaton import Automata
+from engine.plan import RowBatch
+
+
+class GrammarMasks:
+    """Masks the tokens that a sequence's grammar forbids behind its text and the drafts in front of each row.
+
+    A row behind a draft that cannot stand is left as it is: nothing is ever drawn from it.
+    """
+
+    is_mask = True
+
+    def __init__(self, automata: Automata):
+        self._automata = automata
+
+    def apply(self, logits: Tensor, rows: RowBatch) -> Tensor:
+        members = [row for row, seq in enumerate(rows.seqs) if seq.request.grammar is not None]
+        if not members:
+            return logits
+        drafts = rows.draft_ids.tolist()
+        found = [(row, self._automata.mask(rows.seqs[row], drafts[rows.draft_index[row]][: rows.offsets[row]])) for row in members]
+        known = [(row, mask) for row, mask in found if mask is not None]
+        if not known:
+            return logits
+        at, width = [row for row, _ in known], logits.shape[-1]
+        packed = torch.from_numpy(np.stack([mask[:width] for _, mask in known]))
+        allowed = torch.zeros(len(known), width, dtype=torch.bool)  # a model may have more tokens than its tokenizer knows
+        allowed[:, : packed.shape[-1]] = packed
+        masked = logits[at].masked_fill(~allowed.to(logits.device), -torch.inf)
+        return masked if len(at) == len(logits) else logits.index_copy(0, torch.tensor(at, device=logits.device), masked)
