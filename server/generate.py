@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from engine.client import Stream
-from engine.errors import EngineDead, ServerError
+from engine.errors import EngineDead, InvalidRequest, ServerError
 from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
 from server.deps import Serving
 from server.detokenize import StopScanner, StopStrings
@@ -103,6 +103,7 @@ class Generation:
             num_spec_tokens=num_spec_tokens,
             num_prompt_tokens=sum(len(request.prompt_ids) for request in job.requests),
             num_choices=self._num_choices,
+            has_prediction=bool(first.prediction_ids),
             choices=[ChoiceRecord(num_spec_tokens) for request in job.requests for _ in request.choices],
             arrived_at=job.arrived_at,
         )
@@ -228,6 +229,8 @@ class _Answer:
     def _finish(self, reason: FinishReason) -> str:
         if reason is FinishReason.ABORT:
             raise EngineDead("The engine gave an answer up.")
+        if reason is FinishReason.ERROR:
+            raise InvalidRequest("The structure that was asked for became too complex to follow; simplify it.", "response_format")
         self.record.finish_reason = reason.value
         return self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
 

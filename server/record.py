@@ -19,6 +19,8 @@ class ChoiceRecord:
         self.num_verified_tokens = 0  # drafts up to and including the first that was rejected
         self.num_deferred_tokens = 0
         self.num_lossy_kept_tokens = 0
+        self.num_accepted_prediction_tokens = 0
+        self.num_rejected_prediction_tokens = 0
         self.num_target_calls = 0
         self.num_drafter_calls = 0
         self.num_cached_tokens = 0
@@ -67,6 +69,9 @@ class ChoiceRecord:
         self.num_verified_tokens += num_verified(drafts)
         self.num_deferred_tokens += drafts.deferred_mask.bit_count()
         self.num_lossy_kept_tokens += drafts.lossy_mask.bit_count()
+        self.num_accepted_prediction_tokens += (drafts.predicted_mask & ((1 << drafts.num_accepted) - 1)).bit_count()
+        if drafts.num_draft > drafts.num_accepted:  # what was drafted behind the first refusal was never judged
+            self.num_rejected_prediction_tokens += drafts.predicted_mask >> drafts.num_accepted & 1
 
 
 @dataclass
@@ -78,6 +83,7 @@ class RequestRecord:
     num_spec_tokens: int  # at most so many drafts a round
     num_prompt_tokens: int
     num_choices: int  # answers to each prompt
+    has_prediction: bool
     choices: list[ChoiceRecord]  # those of the first prompt, then those of the second, ...
     arrived_at: float = field(default_factory=time.monotonic)
 
@@ -113,6 +119,7 @@ def received_part(delta: TokenDelta, num_kept: int) -> Round | None:
         num_accepted=min(drafts.num_accepted, num_kept),
         deferred_mask=drafts.deferred_mask & mask,
         lossy_mask=drafts.lossy_mask & mask,
+        predicted_mask=drafts.predicted_mask & mask,
     )
 
 

@@ -14,7 +14,7 @@ from fastapi import Request
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
-from engine.errors import ServerError
+from engine.errors import EngineError
 from server.errors import ClientGone, body_of
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ async def _framed(events: AsyncGenerator[str, None]) -> AsyncIterator[ServerSent
     except Exception as error:
         # Whatever it is: the status line has long been sent, so this is the last place that can tell the client. A stream that just
         # ends looks like an answer to some clients.
-        if not isinstance(error, ServerError):
+        if not isinstance(error, EngineError):
             logger.exception("A stream was ended by an error that nobody foresaw.")
         yield ServerSentEvent(json.dumps(body_of(error)), sep="\n")
     yield ServerSentEvent("[DONE]", sep="\n")

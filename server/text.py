@@ -95,6 +95,12 @@ class TextTokenizer:
             return ids[1:]
         return ids
 
+    def encode_text(self, text: str, max_model_len: int | None = None) -> list[int]:
+        """Ids of a text that stands behind another one; special tokens are text. Raises TextTooLong as `encode` does."""
+        self._required("prediction")
+        self._check_length(text, max_model_len)
+        return self._encode_literally(text, is_first=False)
+
     def encode_chat(self, messages: Sequence[Message], max_model_len: int | None = None, turn: Turn = DEFAULT_TURN) -> list[int]:
         """Ids of a conversation under the chat template, up to where the assistant is to speak. Raises TextTooLong as `encode` does."""
         if self._template is None or self._tokenizer is None:

@@ -1,7 +1,7 @@
-"""Which tokens may come next, by the grammar of an answer. The only file that knows llguidance, which does the parsing.
+"""Which tokens may come next, by the grammar of an answer. The engine's only file that knows llguidance, which does the parsing.
 
-A grammar is a text in llguidance's own form; the server makes it out of JSON schemas, expressions and the like (server/structure.py), and
-both sides read it here. Knows token ids and bits, no tensors, and nothing of what a client asked.
+A grammar is a text in llguidance's own form; the server makes it out of JSON schemas, expressions and the like, and checks it
+(server/structure.py). Knows token ids and bits, no tensors, and nothing of what a client asked.
 """
 
 from __future__ import annotations
@@ -21,11 +21,6 @@ from engine.sequence import Sequence
 Mask = NDArray[np.bool_]  # [tokens]: what may come next
 
 _NUM_COMPILED = 64  # grammars that are kept for the next request that has them
-
-
-def mistake_in(grammar: str) -> str:
-    """What is wrong with a grammar, in the library's words; "" for nothing. Takes about a millisecond, and longer for a large one."""
-    return str(LLMatcher.validate_grammar(grammar))
 
 
 class Vocabulary:

@@ -172,6 +172,16 @@ def usage_of(record: RequestRecord) -> schema.Usage:
         completion_tokens=record.num_completion_tokens,
         total_tokens=record.num_prompt_tokens + record.num_completion_tokens,
         prompt_tokens_details=schema.PromptTokensDetails(cached_tokens=record.num_cached_tokens),
+        completion_tokens_details=_details_of(record),
+    )
+
+
+def _details_of(record: RequestRecord) -> schema.CompletionTokensDetails | None:
+    if not record.has_prediction:
+        return None
+    return schema.CompletionTokensDetails(
+        accepted_prediction_tokens=sum(choice.num_accepted_prediction_tokens for choice in record.choices),
+        rejected_prediction_tokens=sum(choice.num_rejected_prediction_tokens for choice in record.choices),
     )
 
 

@@ -12,7 +12,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -25,6 +25,8 @@ from server.deps import Serving
 from server.errors import UnknownModel
 from server.generate import Job
 from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody, Speculation
+from server.openai.shape import structure_of
+from server.structure import grammar_of
 from server.template import OWN_VARIABLES, Turn
 from server.text import LONG_TEXT, texts_in
 
@@ -49,27 +51,17 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "grammar": ("",),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "json_schema": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
     "mirostat": (0,),
     "modalities": (["text"],),
     "moderation": (),
     "n_predict": (),
-    "prediction": (),
     "prompt_logprobs": (),
-    "regex": (),
     "repeat_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -90,11 +82,14 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     arrived_at = time.monotonic()
     ignored = _ignored(body, serving)
     _check(body, serving, num_prompts=1)
+    structure = structure_of(body)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     turn = _turn(body)
     length = sum(len(message["content"]) for message in messages) + sum(map(len, texts_in(turn.variables)))
     prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
-    return _job(body, serving, [prompt], ignored, arrived_at)
+    grammar = await grammar_of(structure) if structure is not None else None
+    predicted = await _predicted(body, serving)
+    return _job(body, serving, _Asked([prompt], grammar, predicted), ignored, arrived_at)
 
 
 async def completion_job(body: CompletionBody, serving: Serving) -> Job:
@@ -105,7 +100,9 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
     prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
-    job = _job(body, serving, prompts, ignored, arrived_at)
+    structure = structure_of(body)
+    grammar = await grammar_of(structure) if structure is not None else None
+    job = _job(body, serving, _Asked(prompts, grammar), ignored, arrived_at)
     if not body.echo:
         return job
     text_of = serving.tokenizer.text_of  # ids beyond the limit are refused soon, and need no text
@@ -155,7 +152,27 @@ def _num_choices(body: GenerationBody) -> int:
     return (body.best_of if isinstance(body, CompletionBody) else None) or body.n or 1
 
 
-def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], ignored: tuple[str, ...], arrived_at: float) -> Job:
+@dataclass(frozen=True)
+class _Asked:
+    """What came of a body's texts."""
+
+    prompts: Sequence[list[int]]
+    grammar: str | None = None
+    predicted: tuple[int, ...] = ()
+
+
+async def _predicted(body: ChatBody, serving: Serving) -> tuple[int, ...]:
+    """The tokens of a prediction, as the answer would have them."""
+    if body.prediction is None or not body.prediction.content:
+        return ()
+    text, limit = body.prediction.content, serving.info.max_model_len
+    ids = await _tokenised(lambda: serving.tokenizer.encode_text(text, limit), len(text))
+    if len(ids) > limit:
+        raise InvalidRequest(f"The prediction has {len(ids)} tokens; no answer of this model has more than {limit}.", "prediction")
+    return tuple(ids)
+
+
+def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[str, ...], arrived_at: float) -> Job:
     """A client's seed is the seed of every prompt, so equal prompts get equal answers; otherwise each prompt has its own."""
     job_id = uuid.uuid4().hex
     speculation = _speculation(body, serving)
@@ -165,9 +182,11 @@ def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], i
             prompt_ids=tuple(prompt),
             sampling=_sampling(body, serving, len(prompt)),
             speculation=speculation,
+            grammar=asked.grammar,
+            prediction_ids=asked.predicted,
             choices=tuple(Choice(index) for index in range(_num_choices(body))),
         )
-        for i, prompt in enumerate(prompts)
+        for i, prompt in enumerate(asked.prompts)
     )
     return Job(
         id=job_id,
@@ -279,6 +298,8 @@ def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
         names |= dict.fromkeys(_unused(message, "messages."))
     if body.stream_options is not None:
         names |= dict.fromkeys(_unused(body.stream_options, "stream_options."))
+    if isinstance(body, ChatBody) and body.prediction is not None and serving.info.drafter == "none":
+        names["prediction"] = None  # nothing is drafted here
     if names and serving.deployment.server.unused_fields == "refuse":
         name = next(iter(names))
         raise InvalidRequest(f"{name} changes nothing on this server, which refuses such fields (server.unused_fields).", name)

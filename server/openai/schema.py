@@ -67,6 +67,10 @@ def _servable_prompts(prompts: Sequence[Any]) -> Sequence[Any]:
     return prompts
 
 
+def _deeply_walkable(value: Any) -> Any:
+    return _walkable(value, levels=64)
+
+
 def _walkable(value: Any, levels: int = 16) -> Any:
     """JSON as it is; a text that no tokenizer can read, and what is nested too deeply to walk over, is a mistake."""
     if isinstance(value, str):
@@ -78,8 +82,13 @@ def _walkable(value: Any, levels: int = 16) -> Any:
     return value
 
 
+JsonSchema = Annotated[dict[str, Any] | bool, AfterValidator(_deeply_walkable)]
 Variables = Annotated[dict[str, Any], AfterValidator(_walkable)]
 Text = Annotated[str, AfterValidator(_encodable)]
+Wish = Annotated[str, Field(min_length=1, max_length=2**20), AfterValidator(_encodable)]
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=2**16), AfterValidator(_encodable)]], Field(min_length=1, max_length=4096)
+]
 Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
 Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts)]
 Stops = Annotated[list[Annotated[Text, Field(min_length=1, max_length=1024)]], Field(max_length=4), BeforeValidator(_as_list)]
@@ -111,6 +120,35 @@ class Speculation(BaseModel):
     max_draft: int | None = Field(None, ge=0, le=INT_MAX, description="at most this many drafts a step; the deployment's bound holds, too")
 
 
+class NamedSchema(Body):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: Text | None = None
+    schema_: JsonSchema | None = Field(None, alias="schema", description="none: any JSON object")
+    strict: bool | None = Field(None, description="answers are held to the schema in any case")
+
+
+class ResponseFormat(Body):
+    """OpenAI's way to ask for structure."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+    schema_: JsonSchema | None = Field(None, alias="schema", description="with json_object: as llama.cpp has it")
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's way: one of the first five."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_: JsonSchema | Wish | None = Field(None, alias="json", description="a schema, or its text")
+    json_object: bool | None = None
+    regex: Wish | None = None
+    choice: Choices | None = None
+    grammar: Wish | None = Field(None, description="in Lark's notation, or llama.cpp's")
+    disable_any_whitespace: bool | None = Field(None, description="true: none but behind a comma and a colon")
+    whitespace_pattern: Wish | None = Field(None, description="white space between JSON's signs, as an expression")
+
+
 class GenerationBody(Body):
     """What both endpoints take."""
 
@@ -132,6 +170,17 @@ class GenerationBody(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="every prompt of the request uses it; none: each has a random one")
     stop: Stops | None = None
     n: int | None = Field(None, ge=1, le=128)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | Wish | None = None
+    guided_regex: Wish | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Wish | None = None
+    guided_whitespace_pattern: Wish | None = None
+    json_schema: JsonSchema | Wish | None = None
+    regex: Wish | None = None
+    grammar: Text | None = Field(None, max_length=2**20)
+    ebnf: Wish | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     speculation: Speculation | None = None
@@ -142,8 +191,17 @@ class ChatMessage(Body):
     content: Content
 
 
+class Prediction(Body):
+    """What the client expects the answer to be."""
+
+    type: Literal["content"]
+    content: Content
+
+
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
+
+    prediction: Prediction | None = Field(None, description="drafted as long as the answer follows it; it changes the speed, never the law")
 
     add_generation_prompt: bool | None = Field(None, description="false: the prompt ends with the last message's end")
     continue_final_message: bool | None = Field(
@@ -171,11 +229,32 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """Those that apply."""
+
+    accepted_prediction_tokens: int | None = Field(None, description="of the prediction, drafted and part of the answer")
+    rejected_prediction_tokens: int | None = Field(
+        None, description="of the prediction, drafted and refused; they cost time and are no output"
+    )
+
+    @model_serializer(mode="wrap")
+    def _if_any(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialise(self).items() if value is not None}
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = Field(None, description="only where something in it applies")
+
+    @model_serializer(mode="wrap")
+    def _if_any(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        if self.completion_tokens_details is None:
+            del content["completion_tokens_details"]
+        return content
 
 
 class SpeculativeDecoding(BaseModel):

@@ -1,0 +1,88 @@
+"""What an answer must be, as a grammar for the engine: JSON of a schema, one of some texts, a match of an expression, a text of a grammar.
+
+Checks what it makes, so that whoever asks for what cannot be held to is told before anything runs. Knows no tokens: the engine reads the
+grammar over its model's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+from llguidance import LLMatcher, grammar_from
+
+from engine.errors import InvalidRequest
+
+# A model that is unsure goes on with white space for ever where a schema allows any amount of it. So much indents five levels deep.
+SOME_SPACE = r"[ \n\r\t]{0,20}"
+_ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+_LONGEST_REASON = 500  # characters of an explanation
+_NUM_CHECKED = 256
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One wish about the shape of an answer."""
+
+    kind: str  # json, regex, choice or grammar
+    value: Any  # a schema; an expression; texts; a grammar in Lark's or llama.cpp's notation
+    param: str  # the field that asked
+    white_space: str | None = SOME_SPACE  # of JSON, as an expression; None for none but ", " and ": "
+
+
+async def grammar_of(structure: Structure) -> str:
+    """The engine's grammar. Raises InvalidRequest with the reason, naming the field.
+
+    Checking takes a millisecond, or a second for something monstrous, so it has a thread, and lets others go on.
+    """
+    grammar = _MAKERS[structure.kind](structure)
+    mistake = await asyncio.to_thread(_mistake_in, grammar)
+    if mistake:
+        raise _refused(structure, mistake)
+    return grammar
+
+
+@lru_cache(_NUM_CHECKED)
+def _mistake_in(grammar: str) -> str:
+    """In the library's words; "" for none."""
+    return LLMatcher.validate_grammar(grammar)
+
+
+def _json(structure: Structure) -> str:
+    """Keywords that cannot be held to are mistakes, whatever the schema's own options say."""
+    schema = _ANY_OBJECT if structure.value is None else structure.value
+    if isinstance(schema, bool):
+        if not schema:
+            raise _refused(structure, "the schema false allows nothing")
+        schema = {}
+    space = structure.white_space
+    how: dict[str, Any] = {"lenient": False, "whitespace_pattern": space}
+    if space is None:
+        how = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, how))
+
+
+def _regex(structure: Structure) -> str:
+    return LLMatcher.grammar_from_regex(structure.value)
+
+
+def _choice(structure: Structure) -> str:
+    return grammar_from("choice", json.dumps(structure.value))
+
+
+def _grammar(structure: Structure) -> str:
+    try:
+        return grammar_from("grammar", structure.value)
+    except ValueError as error:
+        raise _refused(structure, str(error)) from error
+
+
+_MAKERS: Mapping[str, Callable[[Structure], str]] = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}
+
+
+def _refused(structure: Structure, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"Answers cannot be held to this {structure.kind}: {reason[:_LONGEST_REASON]}", structure.param)
