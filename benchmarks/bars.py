@@ -40,6 +40,7 @@ from benchmarks.measuring import (
 from benchmarks.pair_bars import PAIR_MEASURES
 from benchmarks.programs import PromptEncoder, TransformersProgram, engine_program
 from benchmarks.prompts import Prompt, of_text, random_words
+from benchmarks.request_bars import REQUEST_MEASURES
 from benchmarks.served import ServedDeployment, serve
 from benchmarks.stats import Estimate, estimate, estimate_mean_per
 from benchmarks.turns import Sides, compare, in_turns
@@ -317,4 +318,5 @@ MEASURES: Mapping[str, Callable[[Setting], Measured]] = {
     "http-overhead": http_overhead,
     "memory": memory,
     **PAIR_MEASURES,
+    **REQUEST_MEASURES,
 }

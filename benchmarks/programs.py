@@ -112,7 +112,7 @@ class EngineProgram:
         """Have the KV of prompts cached by target and drafter: a seed makes the drafter run them, too."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0, is_seeded=True)
         for ids in prompts:
-            self.core.add(Request(id=f"run-{next(self._ids)}", prompt_ids=tuple(ids), sampling=sampling, speculation=self._speculation))
+            self.core.add(Request(id=self.new_id(), prompt_ids=tuple(ids), sampling=sampling, speculation=self._speculation))
         while self.core.has_work:
             self.core.step()
 
@@ -132,9 +132,15 @@ class EngineProgram:
         ends = self.info.end_token_ids if stops else ()
         sampling = SamplingParams(max_tokens=num_tokens, temperature=temperature, stop_token_ids=ends)
         speculation = replace(self._speculation, enabled=max_draft != 0, max_draft=max_draft or None)
-        requests = [
-            Request(id=f"run-{next(self._ids)}", prompt_ids=tuple(ids), sampling=sampling, speculation=speculation) for ids in prompts
-        ]
+        requests = [Request(id=self.new_id(), prompt_ids=tuple(ids), sampling=sampling, speculation=speculation) for ids in prompts]
+        return self.run(requests, may_be_cached)
+
+    def new_id(self) -> str:
+        """A name for a request."""
+        return f"run-{next(self._ids)}"
+
+    def run(self, requests: Sequence[Request], may_be_cached: bool = False) -> list[Run]:
+        """Requests of one choice each, begun together, to their ends."""
         tokens: dict[str, list[int]] = {request.id: [] for request in requests}
         first, last_at, calls = dict[str, tuple[float, int]](), dict[str, float](), dict[str, int]()
         start = time.perf_counter()

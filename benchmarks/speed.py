@@ -71,6 +71,10 @@ BARS = {
     "lengths-16": Bar("adaptive draft lengths, 16 streams: tokens/s over the best fixed length", 0.95, "at least"),
     "never-slower": Bar("exact over no drafts at 1, 4 and 16 streams, the worst kind of prompts: tokens/s", 0.97, "at least"),
     "http-exact": Bar("a client's tokens/s, exact over no drafts, chat questions", 1.4, "at least"),
+    "prediction": Bar(
+        "a 300-line file with a name changed, scripted target: time with the file as prediction over without", 1 / 3, "at most"
+    ),
+    "schema": Bar("one stream held to a JSON schema over the same without: tokens/s", 0.9, "at least"),
     "http-default": Bar("a client's tokens/s, the deployment's rule over no drafts, chat questions", 1.6, "at least"),
 }
 

@@ -33,6 +33,7 @@ def make_info(target_path: str = "", **changes: object) -> EngineInfo:
         "vocab_size": 1024,
         "max_model_len": 512,
         "end_token_ids": (),
+        "has_grammars": True,
         "rules": ("exact",),
         "max_draft": 4,
         "max_sequences": 8,
