@@ -121,3 +121,18 @@ async def test_every_document_that_ends_is_valid(drafter: str, folder: Path) -> 
         assert answers[i][-1] == END
         document = json.loads(tokenizer.decode(answers[i]))
         jsonschema.validate(document, SCHEMAS[int(i)], format_checker=_FORMATS)
+
+
+async def test_a_grammar_that_cannot_be_followed_ends_its_answer_alone(folder: Path) -> None:
+    """The engine cannot check what the server did not: the answer ends with nothing, its neighbour goes on."""
+    core = make_core("model", folder)
+    sampling = SamplingParams(max_tokens=5, temperature=0.0, stop_token_ids=(END,))
+    for name, grammar in (("broken", "start: (("), ("sound", None)):
+        core.add(Request(id=name, prompt_ids=(5, 6, 7), sampling=sampling, grammar=grammar))
+    deltas = []
+    while core.has_work:
+        deltas += core.step().deltas
+        core.check()
+    broken = [delta for delta in deltas if delta.request_id == "broken"]
+    assert [(delta.token_ids, delta.finish_reason) for delta in broken] == [((), FinishReason.ERROR)]
+    assert sum(len(delta.token_ids) for delta in deltas) == 5
