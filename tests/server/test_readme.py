@@ -26,11 +26,10 @@ pytestmark = [
 ]
 
 
-def block(language: str) -> str:
-    """The first block of a language in the README."""
-    found = re.search(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found[1]
+def block(language: str, word: str = "") -> str:
+    """The first block of a language in the README that holds a word."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return next(text for text in blocks if word in text)
 
 
 def is_ready() -> bool:
@@ -67,6 +66,15 @@ def test_curl(server: subprocess.Popen[bytes]) -> None:
     answer = json.loads(done.stdout)
     assert answer["choices"][0]["message"]["content"].strip()
     assert answer["usage"]["completion_tokens"] > 0
+
+
+def test_structured_answer(server: subprocess.Popen[bytes]) -> None:
+    done = subprocess.run(["bash", "-euc", block("bash", "json_schema")], capture_output=True, timeout=120, check=True)
+    choice = json.loads(done.stdout)["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    card = json.loads(choice["message"]["content"])
+    assert card["city"]
+    assert card["country"] in ("France", "Spain", "Italy")
 
 
 def test_openai_sdk(server: subprocess.Popen[bytes]) -> None:
