@@ -19,6 +19,7 @@ import torch
 from benchmarks.body import BodyMaker
 from benchmarks.client import PATHS, HttpTarget, base_url_of, open_client
 from benchmarks.errors import BenchmarkError, RequestFailed
+from benchmarks.front_bars import FRONT_MEASURES
 from benchmarks.load import closed_loop, run_load
 from benchmarks.measuring import (
     NO_DRAFTER,
@@ -319,4 +320,5 @@ MEASURES: Mapping[str, Callable[[Setting], Measured]] = {
     "memory": memory,
     **PAIR_MEASURES,
     **REQUEST_MEASURES,
+    **FRONT_MEASURES,
 }

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +44,18 @@ class ServedDeployment:
 
 
 @contextmanager
-def serve(config: EngineConfig) -> Iterator[ServedDeployment]:
-    """Start `cascade serve`, and end it as an operator would. Raises BenchmarkError with its last words."""
+def serve(config: EngineConfig, program: Sequence[str] = ()) -> Iterator[ServedDeployment]:
+    """Start `cascade serve`, or another program that takes a deployment file, and end it as an operator would.
+
+    Raises BenchmarkError with its last words.
+    """
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "stderr").open("w+b") as words:
         port = _free_port()
         deployment = Deployment.model_validate(config.model_dump() | {"server": {"port": port}})
         file = Path(folder) / "deployment.yaml"
         file.write_text(yaml.safe_dump(deployment.model_dump(mode="json")), "utf-8")
         start = time.perf_counter()
-        process = subprocess.Popen([_program(), "serve", str(file)], stdout=words, stderr=words, env=_environment())
+        process = subprocess.Popen([*(program or (_program(), "serve")), str(file)], stdout=words, stderr=words, env=_environment())
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, url, Path(words.name))

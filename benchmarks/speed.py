@@ -75,6 +75,10 @@ BARS = {
         "a 300-line file with a name changed, scripted target: time with the file as prediction over without", 1 / 3, "at most"
     ),
     "schema": Bar("one stream held to a JSON schema over the same without: tokens/s", 0.9, "at least"),
+    "front": Bar(
+        "64 streams of an engine that pretends, a token each a millisecond: tokens/s through HTTP", 20_000, "at least", " tokens/s"
+    ),
+    "refusals": Bar("200 refused requests a second: 95 of 100 are answered within", 5.0, "at most", " ms"),
     "http-default": Bar("a client's tokens/s, the deployment's rule over no drafts, chat questions", 1.6, "at least"),
 }
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from fastapi import FastAPI
 
-from engine.process import ProcessClient
+from engine.process import FACTORY, ProcessClient
 from engine.stats import EngineInfo
 from engine.supervision import Supervision
 from engine.threads import give_way
@@ -34,16 +34,16 @@ CLOSING_SECONDS = 5  # for streams that were cut and for connections to close
 Say = Callable[[str], None]
 
 
-def run(deployment: Deployment, listener: socket.socket, say: Say) -> None:
-    """Serve until a signal ends it; `listener` is closed then. Raises ConfigError when it cannot start."""
-    asyncio.run(_run(deployment, listener, say))
+def run(deployment: Deployment, listener: socket.socket, say: Say, factory: str = FACTORY) -> None:
+    """Serve until a signal ends it; `listener` is closed then. `factory` makes the engine. Raises ConfigError when it cannot start."""
+    asyncio.run(_run(deployment, listener, say, factory))
 
 
-async def _run(deployment: Deployment, listener: socket.socket, say: Say) -> None:
+async def _run(deployment: Deployment, listener: socket.socket, say: Say, factory: str) -> None:
     with listener:
         ending = Ending(say)
         ending.listen()
-        app = create_app(_engine(deployment, say), deployment, waits_for_engine=False)
+        app = create_app(_engine(deployment, say, factory), deployment, waits_for_engine=False)
         server = Server(_uvicorn_config(app, deployment.server))
         serving = asyncio.ensure_future(server.serve([listener]))
         try:
@@ -63,9 +63,9 @@ async def _run(deployment: Deployment, listener: socket.socket, say: Say) -> Non
         say("Stopped")
 
 
-def _engine(deployment: Deployment, say: Say) -> ProcessClient:
+def _engine(deployment: Deployment, say: Say, factory: str) -> ProcessClient:
     supervision = Supervision(hang_seconds=deployment.server.engine_hang_seconds)
-    return ProcessClient(deployment.engine_part, deployment.server.max_queued_requests, say, supervision)
+    return ProcessClient(deployment.engine_part, deployment.server.max_queued_requests, say, supervision, factory)
 
 
 async def _loaded_by(server: Server, serving: asyncio.Future[None], app: FastAPI) -> EngineInfo:

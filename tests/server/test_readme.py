@@ -28,7 +28,7 @@ pytestmark = [
 
 def block(language: str, word: str = "") -> str:
     """The first block of a language in the README that holds a word."""
-    blocks = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
     return next(text for text in blocks if word in text)
 
 

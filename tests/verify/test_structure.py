@@ -30,7 +30,7 @@ from engine.config import (
 )
 from engine.core import EngineCore
 from engine.model.stack import DecoderStack
-from engine.request import FinishReason, Request, SamplingParams, SpeculationParams
+from engine.request import FinishReason, Request, SamplingParams, SpeculationParams, TokenDelta
 from server.structure import Structure, grammar_of
 from server.text import TextTokenizer
 from tests.server.conftest import build_tokenizer
@@ -129,7 +129,7 @@ async def test_a_grammar_that_cannot_be_followed_ends_its_answer_alone(folder: P
     sampling = SamplingParams(max_tokens=5, temperature=0.0, stop_token_ids=(END,))
     for name, grammar in (("broken", "start: (("), ("sound", None)):
         core.add(Request(id=name, prompt_ids=(5, 6, 7), sampling=sampling, grammar=grammar))
-    deltas = []
+    deltas: list[TokenDelta] = []
     while core.has_work:
         deltas += core.step().deltas
         core.check()
