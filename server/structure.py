@@ -1,7 +1,7 @@
 """What an answer must be, as a grammar for the engine: JSON of a schema, one of some texts, a match of an expression, a text of a grammar.
 
-Checks what it makes, so that whoever asks for what cannot be held to is told before anything runs. Knows no tokens: the engine reads the
-grammar over its model's own.
+Every grammar is a text in llguidance's dialect of Lark whose first rule is `start`. It is checked here, so that whoever asks for what
+cannot be held to is told before anything runs. Knows no tokens: the engine reads the grammar over its model's own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from llguidance import LLMatcher, grammar_from
 
@@ -63,11 +63,12 @@ def _json(structure: Structure) -> str:
     how: dict[str, Any] = {"lenient": False, "whitespace_pattern": space}
     if space is None:
         how = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=cast(Any, how))
+    return f"start: %json {json.dumps({**schema, 'x-guidance': how})}\n"
 
 
 def _regex(structure: Structure) -> str:
-    return LLMatcher.grammar_from_regex(structure.value)
+    escaped: str = json.loads(LLMatcher.grammar_from_regex(structure.value))["grammars"][0]["lark_grammar"]
+    return escaped
 
 
 def _choice(structure: Structure) -> str:

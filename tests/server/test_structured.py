@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
 from pydantic import BaseModel
 
 from engine.request import FinishReason, Round
@@ -34,16 +33,15 @@ async def test_one_schema_under_many_names_is_one_grammar(served: Served, fields
         assert "x-cascade-ignored" not in response.headers
     grammars = {request.grammar for request in served.engine.requests}
     assert len(grammars) == 1
-    grammar = json.loads(str(grammars.pop()))["grammars"][0]
-    assert grammar["json_schema"]["type"] == "integer"
+    assert '"type": "integer"' in str(grammars.pop())
 
 
 @pytest.mark.parametrize(
     ("fields", "grammar"),
     [
-        ({"regex": "[ab]+"}, LLMatcher.grammar_from_regex("[ab]+")),
-        ({"guided_regex": "[ab]+"}, LLMatcher.grammar_from_regex("[ab]+")),
-        ({"structured_outputs": {"regex": "[ab]+"}}, LLMatcher.grammar_from_regex("[ab]+")),
+        ({"regex": "[ab]+"}, "start: /[ab]+/"),
+        ({"guided_regex": "[ab]+"}, "start: /[ab]+/"),
+        ({"structured_outputs": {"regex": "[ab]+"}}, "start: /[ab]+/"),
         ({"guided_choice": ["yes", "no"]}, 'start: "yes" | "no"'),
         ({"structured_outputs": {"choice": ["yes", "no"]}}, 'start: "yes" | "no"'),
         ({"grammar": 'root ::= "a" | "b"'}, None),
@@ -122,7 +120,7 @@ async def test_the_sdk_parses_a_pydantic_model(served: Served, tokenizer: TextTo
     served.answer_with(parts=[Part((*tokenizer.encode(text), 2))], finish=FinishReason.STOP)
     completion = await served.openai.chat.completions.parse(model="tiny", messages=USER, response_format=Card)
     assert completion.choices[0].message.parsed == Card(name="a", tags=["b"])
-    assert json.loads(str(served.engine.requests[0].grammar))["grammars"][0]["json_schema"]["required"] == ["name", "tags"]
+    assert '"required": ["name", "tags"]' in str(served.engine.requests[0].grammar)
 
 
 # ---------------------------------------------------------------------- predictions
