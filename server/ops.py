@@ -1,4 +1,4 @@
-"""What operators and probes ask: /health, /ready, /metrics, /version. Open to everybody, whatever keys /v1 wants."""
+"""What operators and probes ask: /health and /ready, open to everybody; /metrics and /version, which want a key where there are keys."""
 
 from __future__ import annotations
 
