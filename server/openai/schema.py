@@ -18,7 +18,13 @@ from engine.config import RuleName
 INT_MAX = 2**31 - 1  # integers are small from here on: Python refuses to write one of thousands of digits, in messages, too
 
 
+MAX_CHARACTERS = 4 << 20  # of one text: more than fit any context that is served
+MAX_MESSAGES = 4096
+
+
 def _encodable(text: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"must have at most {MAX_CHARACTERS} characters.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -152,7 +158,7 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: Variables | None = Field(None, max_length=64, description="further variables for the model's chat template")
     logprobs: bool | None = Field(None, description="true: say of each token how likely the target itself found it")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="and of so many others; wants logprobs")
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
 
 
 class CompletionBody(GenerationBody):
