@@ -82,11 +82,11 @@ class Generation:
             async for deltas in generation: ...
 
     Entering raises what `submit` raises. Iterating gives, for each choice with news, all that was waiting as one TextDelta; it raises
-    EngineDead if the engine fails, RequestTimeout if that takes longer than the deployment allows since `arrived_at`, on the monotonic
-    clock, and ShuttingDown if the server cuts the job.
+    EngineDead if the engine fails, RequestTimeout if that takes longer than the deployment allows since `arrived_at` (monotonic; by
+    default the job's), and ShuttingDown if the server cuts the job.
     """
 
-    def __init__(self, job: Job, serving: Serving, arrived_at: float):
+    def __init__(self, job: Job, serving: Serving, arrived_at: float | None = None):
         first = job.requests[0]
         limit, speculation = serving.info.max_draft, first.speculation
         num_spec_tokens = min(limit, speculation.max_draft if speculation.max_draft is not None else limit) if speculation.enabled else 0
@@ -99,7 +99,7 @@ class Generation:
         self._streams: list[Stream] = []
         self._begun: set[int] = set()  # prompts of which something was delivered
         self._error: Exception | None = None
-        self._arrived_at = arrived_at
+        self._arrived_at = job.arrived_at if arrived_at is None else arrived_at
         self.record = RequestRecord(
             rule=speculation.rule,
             alpha=speculation.alpha,

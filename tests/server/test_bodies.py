@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import tracemalloc
@@ -67,7 +68,7 @@ async def test_json_comes_in_utf_8(served: Served, coding: str) -> None:
     """In another coding a character such as U+5B5B would look like two brackets, and U+0122 would hide them."""
     text = '{"model": "tiny", "prompt": "hello"}'
     assert "UTF-8" in error_of(await served.http.post("/v1/completions", content=text.encode(coding), headers=JSON), 400)["message"]
-    assert (await served.http.post("/v1/completions", content=text.encode("utf-8-sig"), headers=JSON)).status_code in (200, 400)
+    assert (await served.http.post("/v1/completions", content=text.encode("utf-8-sig"), headers=JSON)).status_code == 200
 
 
 def depth_of(value: Any) -> int:
@@ -99,10 +100,8 @@ def test_measuring_takes_one_look_at_each_byte(unit: bytes) -> None:
     body = b'{"prompt":[' + unit * (SIZE // len(unit))
     tracemalloc.start()
     begin = time.process_time()
-    try:
+    with contextlib.suppress(BodyTooComplex):
         check_shape(body)
-    except BodyTooComplex:
-        pass
     seconds, (_, most) = time.process_time() - begin, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < 4, "some 0.1 s; 4 s for machines that are busy"
@@ -138,4 +137,4 @@ async def test_fields_have_bounds(served: Served) -> None:
         error = error_of(await served.post(endpoint, **fields), 400)
         assert (error["param"], error["message"]) == (param, f"{param}: must have at most {MAX_CHARACTERS} characters.")
     error = error_of(await served.post("completions", prompt="a", model="a" * 10_000), 404)
-    assert len(error["message"]) < 300
+    assert len(error["message"]) < 400

@@ -76,7 +76,13 @@ async def test_time_counts_from_arrival(folder: Path, monkeypatch: pytest.Monkey
     """A prompt whose text took all the time is refused before the engine hears of it, streamed or not."""
     async with serve(folder, make_deployment(request_timeout_seconds=0.05)) as served:
         encode = served.app.state.serving.tokenizer.encode
-        monkeypatch.setattr(served.app.state.serving.tokenizer, "encode", lambda *given: (time.sleep(0.1), encode(*given))[1])
+
+        def slow(*given: Any) -> list[int]:
+            time.sleep(0.1)
+            ids: list[int] = encode(*given)
+            return ids
+
+        monkeypatch.setattr(served.app.state.serving.tokenizer, "encode", slow)
         for stream in (False, True):
             assert error_of(await served.complete("hello", stream=stream), 408)["code"] == "request_timeout"
         assert not served.engine.requests
