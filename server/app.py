@@ -25,7 +25,7 @@ from server.deps import Serving
 from server.drain import Draining
 from server.keys import BearerAuth, digests_of
 from server.metrics import Metrics
-from server.openai import chat, completions, models
+from server.openai import chat, completions, models, tokenize
 from server.settings import Deployment, ServerSettings
 from server.text import TextTokenizer
 
@@ -61,9 +61,10 @@ def create_app(
     app.state.metrics = Metrics(deployment.model.name)
     app.state.draining = Draining(deployment.server.drain_seconds)
     app.state.serving = None  # until the model is loaded
-    for router in (chat.router, completions.router, models.router):
+    for router in (chat.router, tokenize.chat_router, completions.router, models.router, tokenize.router):
         app.include_router(router, prefix="/v1")
-    app.include_router(ops.router)
+    for router in (tokenize.router, ops.router):
+        app.include_router(router)
     _guard(app, deployment.server)
     return app
 

@@ -89,12 +89,26 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     """The job of a chat: one prompt, rendered by the model's template."""
     arrived_at = time.monotonic()
     ignored = _ignored(body, serving)
+    return _job(body, serving, [await _chat_prompt(body, serving)], ignored, arrived_at)
+
+
+async def chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
+    """The prompt of a chat, for whoever wants no answer to it."""
+    _ignored(body, serving)  # what would change the prompt and cannot is refused
+    return await _chat_prompt(body, serving)
+
+
+async def text_prompt(text: str, serving: Serving, adds_special: bool) -> list[int]:
+    """The prompt of a completion, for whoever wants no answer to it."""
+    return await _tokenised(lambda: serving.tokenizer.encode(text, serving.info.max_model_len, adds_special), len(text))
+
+
+async def _chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
     _check(body, serving, num_prompts=1)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     turn = _turn(body)
     length = sum(len(message["content"]) for message in messages) + sum(map(len, texts_in(turn.variables)))
-    prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
-    return _job(body, serving, [prompt], ignored, arrived_at)
+    return await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
 
 
 async def completion_job(body: CompletionBody, serving: Serving) -> Job:
