@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -45,7 +46,7 @@ def create_app(
     engine at the end. With `waits_for_engine` False it serves while that goes on, /health with 200 and /ready with 503; then the task
     `app.state.loading` says how it ended. `app.state.draining.begin()` is for whoever handles SIGTERM.
     """
-    app = FastAPI(
+    app = _Api(
         title="Cascade Serve",
         version=_version(),
         lifespan=_lifespan,
@@ -62,9 +63,9 @@ def create_app(
     app.state.draining = Draining(deployment.server.drain_seconds)
     app.state.serving = None  # until the model is loaded
     for router in (chat.router, tokenize.chat_router, completions.router, models.router, tokenize.router):
-        app.include_router(router, prefix="/v1")
-    for router in (tokenize.router, ops.router):
-        app.include_router(router)
+        app.include_router(router, prefix="/v1", responses=errors.DOCUMENTED)
+    app.include_router(tokenize.router, responses=errors.DOCUMENTED)
+    app.include_router(ops.router, responses={status: errors.DOCUMENTED[status] for status in (400, 401, 405, 408, 413)})
     _guard(app, deployment.server)
     return app
 
@@ -93,6 +94,19 @@ def _noting(metrics: Metrics) -> errors.Refused:
         _log.info("Answered with the error %d %s", status, code)
 
     return refused
+
+
+class _Api(FastAPI):
+    """FastAPI that describes no 422: this server sends none."""
+
+    def openapi(self) -> dict[str, Any]:
+        description = super().openapi()
+        for operations in description["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            description["components"]["schemas"].pop(name, None)
+        return description
 
 
 @asynccontextmanager

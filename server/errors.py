@@ -23,6 +23,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -157,6 +158,34 @@ def response_of(error: BaseException) -> JSONResponse:
 
 
 Refused = Callable[[int, str], None]  # is told status and code of every refusal
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {  # what /openapi.json says of every route; a full queue is a 503 and never a 429
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "The request cannot be served; `param` names the field.",
+        401: "No API key, or a wrong one.",
+        404: "No such route or model.",
+        405: "The route has another method.",
+        408: "The body did not come, or the answer was not complete, in time.",
+        413: "The body is too large.",
+        500: "The server failed.",
+        503: "Not now: the queue is full, the engine is being restarted, the server is loading or shutting down.",
+    }.items()
+}
 
 
 def refuse(error: BaseException, refused: Refused) -> JSONResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from engine.client import EngineClient
 from server.drain import Draining
@@ -12,7 +12,7 @@ from server.metrics import CONTENT_TYPE, Metrics
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", responses={503: {"description": "The engine is dead."}})
 async def health(request: Request) -> Response:
     """200 as long as a restart would not help: while loading, busy and draining, too. 503 when the engine is dead."""
     engine: EngineClient = request.app.state.engine
@@ -22,14 +22,14 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "dead", "reason": state.reason}, 503)
 
 
-@router.get("/ready")
+@router.get("/ready", responses={503: {"description": "Not ready, and why."}})
 async def ready(request: Request) -> Response:
     """200 if requests should be sent here: loaded, not draining, and steps make progress. Otherwise 503 with the reason."""
     reason = _why_not_ready(request)
     return JSONResponse({"status": "ready"}) if reason is None else JSONResponse({"status": "not ready", "reason": reason}, 503)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Everything in Prometheus' text format."""
     of_app: Metrics = request.app.state.metrics

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+)
 
 from engine.config import RuleName
 
@@ -87,8 +96,13 @@ def _walkable(value: Any, levels: int = 16) -> Any:
 Variables = Annotated[dict[str, Any], AfterValidator(_walkable)]
 Text = Annotated[str, AfterValidator(_encodable)]
 Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
-Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts)]
-Stops = Annotated[list[Annotated[Text, Field(min_length=1, max_length=1024)]], Field(max_length=4), BeforeValidator(_as_list)]
+_TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT_MAX}, "minItems": 1}
+_PROMPTS = {"anyOf": [_TEXT, *({"type": "array", "items": kind, "minItems": 1} for kind in (_TEXT, _IDS["items"], _IDS))]}
+Prompts = Annotated[
+    list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts), WithJsonSchema(_PROMPTS)
+]
+Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
+Stops = Annotated[list[Stop], Field(max_length=4), BeforeValidator(_as_list, json_schema_input_type=Stop | list[Stop])]
 TokenId = Annotated[int, Field(ge=0, le=INT_MAX)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias], Field(max_length=1024)]
