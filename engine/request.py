@@ -75,6 +75,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     speculation: SpeculationParams = SpeculationParams()
     choices: tuple[Choice, ...] = (Choice(),)
+    priority: int = 0  # a lower one comes first, 32 bits; equal ones come in the order of their arrival
     arrived_at: float = msgspec.field(default_factory=time.monotonic)  # the machine's monotonic clock, the same in all processes
 
 

@@ -10,6 +10,7 @@ from engine.errors import ContextLengthExceeded, InvalidRequest, QueueFull
 from engine.request import Request, SamplingParams, SpeculationParams
 from engine.stats import EngineInfo
 
+MAX_PRIORITY = 2**31 - 1
 MAX_LOGPROBS = 20  # of a position's likeliest tokens, as in OpenAI's chat
 
 
@@ -34,6 +35,8 @@ class Admission:
         if not request.prompt_ids:
             raise InvalidRequest("The prompt has no tokens; at least one is needed.", "prompt")
         self._check_sampling(sampling)
+        if not -MAX_PRIORITY - 1 <= request.priority <= MAX_PRIORITY:
+            raise InvalidRequest(f"priority is {request.priority} and must have 32 bits.", "priority")
         if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:
             raise ContextLengthExceeded(len(request.prompt_ids), sampling.max_tokens, info.max_model_len)
         self._check_ids(request.prompt_ids, "prompt")

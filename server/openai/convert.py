@@ -180,6 +180,7 @@ def _job(body: GenerationBody, serving: Serving, prompts: Sequence[list[int]], i
             sampling=_sampling(body, serving, len(prompt)),
             speculation=speculation,
             choices=tuple(Choice(index) for index in range(_num_choices(body))),
+            priority=body.priority or 0,
         )
         for i, prompt in enumerate(prompts)
     )

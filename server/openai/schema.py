@@ -149,6 +149,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = Field(None, description="true: the model's end tokens do not end the answer")
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="end the answer, beside the model's own")
     include_stop_str_in_output: bool | None = Field(None, description="true: what ended the answer is part of it, if it has a text")
+    priority: int | None = Field(None, ge=-INT_MAX - 1, le=INT_MAX, description="a lower one is served earlier; equal ones as they come")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="every prompt of the request uses it; none: each has a random one")
     stop: Stops | None = None
     n: int | None = Field(None, ge=1, le=128)
