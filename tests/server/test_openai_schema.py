@@ -126,7 +126,9 @@ MESSAGES = st.lists(
     min_size=1,
     max_size=3,
 )
-CHAT_LOGPROBS = st.just({}) | st.fixed_dictionaries({"logprobs": st.just(True)}, optional={"top_logprobs": st.integers(0, 3)})
+CHAT_LOGPROBS: st.SearchStrategy[dict[str, Any]] = st.just({}) | st.fixed_dictionaries(
+    {"logprobs": st.just(True)}, optional={"top_logprobs": st.integers(0, 3)}
+)
 CHAT_FIELDS: dict[str, st.SearchStrategy[Any]] = COMMON | {
     "add_generation_prompt": st.booleans(),
     "chat_template_kwargs": st.just({"x": 1}),
@@ -200,7 +202,14 @@ def test_the_validator_would_see_it() -> None:
     choice = {"index": 0, "delta": {}, "finish_reason": None, "logprobs": None}
     chunk = {"id": "a", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
     check(chunk, "CreateChatCompletionStreamResponse")
-    for wrong in ({"choices": None}, {"object": "x"}, {"created": "1"}, {"choices": [choice | {"finish_reason": "abort"}]}, {"usage": {}}):
+    wrongs: list[dict[str, Any]] = [
+        {"choices": None},
+        {"object": "x"},
+        {"created": "1"},
+        {"choices": [choice | {"finish_reason": "abort"}]},
+        {"usage": {}},
+    ]
+    for wrong in wrongs:
         with pytest.raises(jsonschema.ValidationError):
             check(chunk | wrong, "CreateChatCompletionStreamResponse")
     with pytest.raises(AssertionError):
@@ -210,7 +219,8 @@ def test_the_validator_would_see_it() -> None:
 def test_what_is_mended_is_wrong() -> None:
     """When OpenAI mends its schema, these go."""
     chunk = {"id": "a", "object": "text_completion", "created": 1, "model": "m"}
-    for more in ({"choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": None}]}, {"choices": [], "usage": None}):
+    last: dict[str, Any] = {"choices": [], "usage": None}
+    for more in ({"choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": None}]}, last):
         with pytest.raises(jsonschema.ValidationError):
             check(chunk | more, "CreateCompletionResponse", is_mended=False)
         check(chunk | more, "CreateCompletionResponse")
