@@ -196,7 +196,8 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ob
 def _several(variable: str, text: str) -> list[str]:
     values = [part.strip() for part in text.split(",") if part.strip()]
     if not values:
-        raise ConfigError(f"{variable}: (hidden) - holds no key; leave it empty to have those of the file")
+        what = "key" if variable == "CASCADE_API_KEYS" else "origin"
+        raise ConfigError(f"{variable}: (hidden) - holds no {what}; leave it empty to have those of the file")
     return values
 
 

@@ -14,7 +14,7 @@ from engine.errors import ConfigError
 from server.app import create_app
 from server.cli import app as program
 from server.keys import digests_of
-from server.settings import ServerSettings
+from server.settings import ServerSettings, load
 from tests.fakes import FakeEngine, make_info
 from tests.server.conftest import Served, error_of, make_deployment, serve
 
@@ -158,3 +158,19 @@ async def test_lines_about_a_request_name_it(folder: Path, caplog: pytest.LogCap
     assert "Answered with the error 404 model_not_found" in caplog.text
     assert "Answered with the error 401 invalid_api_key" in caplog.text
     assert "secret" not in caplog.text
+
+
+# ---------------------------------------------------------------------- settings
+def test_variables_of_the_environment(tmp_path: Path, keys_file: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("model: {name: a, target: {source: b}}\n", "utf-8")
+    found = load(file, {"CASCADE_CORS_ORIGINS": "https://a.example, http://localhost:3000", "CASCADE_API_KEYS_FILE": str(keys_file)}).server
+    assert found.cors_origins == ("https://a.example", "http://localhost:3000")
+    assert len(digests_of(found)) == 2
+    with pytest.raises(ConfigError, match=r"CASCADE_CORS_ORIGINS: .* holds no origin"):
+        load(file, {"CASCADE_CORS_ORIGINS": ","})
+    with pytest.raises(ConfigError, match=r"cors_origins\.0: 'a\.b' - an origin is a scheme"):
+        load(file, {"CASCADE_CORS_ORIGINS": "a.b"})
+    file.write_text("model: {name: a, target: {source: b}}\nserver: {api_keys: ['sha256:mine']}\n", "utf-8")
+    with pytest.raises(ConfigError, match=r"server\.api_keys\.0: \(hidden\) - what begins with sha256:"):
+        load(file, {})
