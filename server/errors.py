@@ -16,6 +16,7 @@ The class decides whether client or server is at fault; no route catches anythin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,16 @@ def body_of(error: BaseException) -> dict[str, Any]:
     """OpenAI's error object. An error that nobody foresaw is not described to the client."""
     entry = entry_of(error)
     message = "The server had an internal error." if entry.code == "internal_error" else str(error)
+    message = message if isinstance(error, ClientError) else without_paths(message)
     return _body(message, entry.type, getattr(error, "param", entry.param), entry.code)
+
+
+def without_paths(text: str) -> str:
+    """What is said to anybody: why an engine was lost may name files of this machine."""
+    return _PATH.sub("(a file)", text)
+
+
+_PATH = re.compile(r"""(?<![\w/:.)])(?:/(?!v1/)|[A-Za-z]:\\)[^\s'"/\\]+[/\\][^\s'",;]*""")
 
 
 def response_of(error: BaseException) -> JSONResponse:

@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from engine.client import EngineClient
 from server.drain import Draining
+from server.errors import without_paths
 from server.metrics import CONTENT_TYPE, Metrics
 
 router = APIRouter()
@@ -19,7 +20,7 @@ async def health(request: Request) -> Response:
     state = engine.health
     if state.is_alive:
         return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "dead", "reason": state.reason}, 503)
+    return JSONResponse({"status": "dead", "reason": without_paths(state.reason)}, 503)
 
 
 @router.get("/ready", responses={503: {"description": "Not ready, and why."}})
@@ -48,5 +49,5 @@ def _why_not_ready(request: Request) -> str | None:
     if draining.is_draining:
         return "the server is shutting down"
     if not engine.health.is_ready:
-        return engine.health.reason
+        return without_paths(engine.health.reason)
     return None if request.app.state.serving is not None else "the model is being loaded"

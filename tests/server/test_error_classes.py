@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from engine.errors import CrashingRequest, EngineDead, EngineRestarting, QueueFull
+from server.errors import without_paths
 from tests.server.conftest import USER, make_deployment, serve
 
 CASES: list[tuple[int, str | None, type[openai.APIStatusError], dict[str, Any]]] = [
@@ -40,3 +41,31 @@ async def test_the_client_raises_its_own_class(folder: Path, status: int, code: 
         assert error.response.headers["x-request-id"] == error.request_id
         assert ("x-should-retry" in error.response.headers) == (status in (408, 500))
         assert ("retry-after" in error.response.headers) == (status == 503)
+
+
+LOST = "The folder /root/.cache/models/a b is gone. It was restarted 5 times within 600 s and stays away; restart the server."
+
+
+async def test_errors_name_no_file_of_this_machine(folder: Path) -> None:
+    async with serve(folder) as served:
+        served.answer_with(refusal=EngineDead(LOST))
+        message = (await served.complete("hello")).json()["error"]["message"]
+        assert message == LOST.replace("/root/.cache/models/a", "(a file)")
+        served.engine.die(LOST)
+        for path in ("/health", "/ready"):
+            assert (await served.http.get(path)).json()["reason"] == message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("'/usr/lib/x.so': no", "'(a file)': no"),
+        (r"C:\models\x.gguf is gone", "(a file) is gone"),
+        ("and/or, 1/2, a / b", "and/or, 1/2, a / b"),
+        ("The model 'org/tiny' does not exist", "The model 'org/tiny' does not exist"),
+        ("use /v1/completions.", "use /v1/completions."),
+        ("tiny; see https://a.example/b/c", "tiny; see https://a.example/b/c"),
+    ],
+)
+def test_what_is_a_path(text: str, said: str) -> None:
+    assert without_paths(text) == said
