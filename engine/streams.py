@@ -118,14 +118,14 @@ class OpenRequests:
         self._streams.clear()
 
     def oldest(self, num_choices: int) -> list[Request]:
-        """The requests that hold the oldest open choices, so many of them at most: no other can have been running."""
+        """The requests that hold the oldest open choices of each priority, so many of them at most: no other can have been running."""
         found: list[Request] = []
-        num_before = 0
+        num_before: dict[int, int] = {}
         for stream in self._streams.values():
-            if num_before >= num_choices:
-                break
-            found.append(stream.request)
-            num_before += len(stream.open_choices)
+            num = num_before.get(stream.request.priority, 0)
+            if num < num_choices:
+                found.append(stream.request)
+            num_before[stream.request.priority] = num + len(stream.open_choices)
         return found
 
     def _abort(self, request_id: str, choice: int) -> None:

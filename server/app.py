@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.client import EngineClient
 from engine.errors import EngineDead
 from engine.stats import EngineInfo
-from server import errors, ops
-from server.deps import BearerAuth, BodyLimit, Serving
+from server import errors, logs, ops
+from server.body import BodyBounds, BodyLimit
+from server.deps import Serving
 from server.drain import Draining
+from server.keys import BearerAuth, digests_of
 from server.metrics import Metrics
-from server.openai import chat, completions, models
-from server.settings import Deployment
+from server.openai import chat, completions, models, tokenize
+from server.settings import Deployment, ServerSettings
 from server.text import TextTokenizer
 
 TokenizerLoader = Callable[[str], TextTokenizer]
+_log = logging.getLogger(__name__)
 
 
 def create_app(
@@ -40,7 +46,7 @@ def create_app(
     engine at the end. With `waits_for_engine` False it serves while that goes on, /health with 200 and /ready with 503; then the task
     `app.state.loading` says how it ended. `app.state.draining.begin()` is for whoever handles SIGTERM.
     """
-    app = FastAPI(
+    app = _Api(
         title="Cascade Serve",
         version=_version(),
         lifespan=_lifespan,
@@ -56,14 +62,51 @@ def create_app(
     app.state.metrics = Metrics(deployment.model.name)
     app.state.draining = Draining(deployment.server.drain_seconds)
     app.state.serving = None  # until the model is loaded
-    for router in (chat.router, completions.router, models.router):
-        app.include_router(router, prefix="/v1")
-    app.include_router(ops.router)
-    errors.install(app, app.state.metrics.refused)
-    app.add_middleware(BodyLimit, limit=deployment.server.max_body_bytes, refused=app.state.metrics.refused)
-    app.add_middleware(BearerAuth, keys=deployment.server.api_keys, refused=app.state.metrics.refused)
-    app.add_middleware(RequestId)  # the outermost: refusals have an id, too
+    for router in (chat.router, tokenize.chat_router, completions.router, models.router, tokenize.router):
+        app.include_router(router, prefix="/v1", responses=errors.DOCUMENTED)
+    app.include_router(tokenize.router, responses=errors.DOCUMENTED)
+    app.include_router(ops.router, responses={status: errors.DOCUMENTED[status] for status in (400, 401, 405, 408, 413)})
+    _guard(app, deployment.server)
     return app
+
+
+def _guard(app: FastAPI, settings: ServerSettings) -> None:
+    """Everything that stands around the routes. What is added later stands further outside."""
+    refused = _noting(app.state.metrics)
+    errors.install(app, refused)
+    app.add_middleware(errors.Unforeseen, refused=refused)
+    app.add_middleware(BodyLimit, bounds=BodyBounds(settings.max_body_bytes, settings.body_timeout_seconds), refused=refused)
+    app.add_middleware(BearerAuth, digests=digests_of(settings), refused=refused)
+    if settings.cors_origins:  # around the keys: a browser asks first whether it may send one, and reads refusals, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "x-cascade-ignored", "retry-after"),
+        )
+    app.add_middleware(RequestId)  # the outermost: refusals have an id, too
+
+
+def _noting(metrics: Metrics) -> errors.Refused:
+    def refused(status: int, code: str) -> None:
+        metrics.refused(status, code)
+        _log.info("Answered with the error %d %s", status, code)
+
+    return refused
+
+
+class _Api(FastAPI):
+    """FastAPI that describes no 422: this server sends none."""
+
+    def openapi(self) -> dict[str, Any]:
+        description = super().openapi()
+        for operations in description["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            description["components"]["schemas"].pop(name, None)
+        return description
 
 
 @asynccontextmanager
@@ -106,7 +149,10 @@ async def _started(engine: EngineClient) -> EngineInfo:
 
 
 class RequestId:
-    """Middleware: every response has the x-request-id that the client sent, or one of its own."""
+    """Middleware: every response has the x-request-id that the client sent, or one of its own, and so has every line of the log.
+
+    It is the first to see a request, and notes in its scope when it came.
+    """
 
     _FIT = re.compile(r"[\x21-\x7e]{1,200}")
 
@@ -118,7 +164,9 @@ class RequestId:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = scope["request_id"] = given if self._FIT.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if self._FIT.fullmatch(given) else uuid.uuid4().hex
+        logs.request_id.set(request_id)
+        scope["arrived_at"] = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

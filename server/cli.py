@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from getpass import getpass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,8 @@ from rich.console import Console
 from engine.errors import EngineError
 from engine.threads import set_defaults
 from server.listener import bind
-from server.settings import Deployment, load
+from server.logs import FORMAT, AboutRequests
+from server.settings import DIGEST, Deployment, load
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Deployment file, such as configs/default.yaml.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
@@ -95,6 +97,17 @@ def check(
             Console().print(doubt, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("hash-key")
+def hash_key() -> None:
+    """Print the digest of an API key that is read from standard input, to stand in a file instead of it."""
+    from server.keys import digest_of  # the web framework takes a second
+
+    key = (getpass("API key: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
+    if not key:
+        raise typer.BadParameter("standard input holds no key")
+    print(f"{DIGEST}{digest_of(key).hex()}")  # noqa: T201
+
+
 # Its options are declared beside what they mean, in benchmarks/serve.py, which reads everything that is left unread here.
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
@@ -153,6 +166,8 @@ def one_line_errors(is_debugging: bool) -> Iterator[None]:
 
 
 def _set_up_logging(deployment: Deployment) -> None:
-    logging.basicConfig(level=deployment.server.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(AboutRequests())
+    logging.basicConfig(level=deployment.server.log_level.upper(), handlers=[handler], format=FORMAT)
     for chatty in ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

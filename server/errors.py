@@ -5,14 +5,18 @@ The class decides whether client or server is at fault; no route catches anythin
     engine.errors.ClientError
     ├── UnknownModel       a model id that is not served
     ├── BodyTooLarge       a body of more bytes than the deployment takes
+    ├── BodyTooComplex     a body that is nested too deeply or has too many keys or values
+    ├── BodyTimeout        a body that took too long to come
     └── InvalidKey         no API key, or a wrong one
     engine.errors.ServerError
+    ├── RequestTimeout     an answer that took longer than the deployment allows
     ├── NotLoaded          the model is still being loaded
     └── ShuttingDown       the server was told to end
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +24,9 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import (
     ClientError,
@@ -48,11 +54,29 @@ class BodyTooLarge(ClientError):
         super().__init__(f"The request body is too large: this server takes {limit} bytes at most (server.max_body_bytes).")
 
 
+class BodyTooComplex(ClientError):
+    """A body that would take too long to parse, or that nothing could walk over."""
+
+
+class BodyTimeout(ClientError):
+    """A body that took too long to come."""
+
+    def __init__(self, seconds: float):
+        super().__init__(f"The request body did not come within {seconds:g} s (server.body_timeout_seconds).")
+
+
 class InvalidKey(ClientError):
     """No API key, or a wrong one."""
 
     def __init__(self) -> None:
         super().__init__("Missing or incorrect API key. Send one as 'Authorization: Bearer KEY'.")
+
+
+class RequestTimeout(ServerError):
+    """An answer that took longer than the deployment allows; what was written of it is lost."""
+
+    def __init__(self, seconds: float):
+        super().__init__(f"The answer was not complete within {seconds:g} s, which this server allows (server.request_timeout_seconds).")
 
 
 class NotLoaded(ServerError):
@@ -90,12 +114,15 @@ class Entry:
 TABLE: Mapping[type[BaseException], Entry] = {
     UnknownModel: Entry(404, "invalid_request_error", "model_not_found", "model"),
     BodyTooLarge: Entry(413, "invalid_request_error", "request_too_large"),
+    BodyTooComplex: Entry(400, "invalid_request_error", "request_too_complex"),
+    BodyTimeout: Entry(408, "invalid_request_error", "body_timeout"),
     InvalidKey: Entry(401, "invalid_request_error", "invalid_api_key"),
     ContextLengthExceeded: Entry(400, "invalid_request_error", "context_length_exceeded"),
     InvalidRequest: Entry(400, "invalid_request_error"),  # and the param that the error names
     CrashingRequest: Entry(400, "invalid_request_error", "request_crashes_engine"),
     ClientError: Entry(400, "invalid_request_error"),
     QueueFull: Entry(503, "server_error", "queue_full"),
+    RequestTimeout: Entry(408, "server_error", "request_timeout"),
     NotLoaded: Entry(503, "server_error", "model_loading"),
     ShuttingDown: Entry(503, "server_error", "shutting_down"),
     EngineRestarting: Entry(503, "server_error", "engine_restarting"),
@@ -113,7 +140,16 @@ def body_of(error: BaseException) -> dict[str, Any]:
     """OpenAI's error object. An error that nobody foresaw is not described to the client."""
     entry = entry_of(error)
     message = "The server had an internal error." if entry.code == "internal_error" else str(error)
+    message = message if isinstance(error, ClientError) else without_paths(message)
     return _body(message, entry.type, getattr(error, "param", entry.param), entry.code)
+
+
+def without_paths(text: str) -> str:
+    """What is said to anybody: why an engine was lost may name files of this machine."""
+    return _PATH.sub("(a file)", text)
+
+
+_PATH = re.compile(r"""(?<![\w/:.)])(?:/(?!v1/)|[A-Za-z]:\\)[^\s'"/\\]+[/\\][^\s'",;]*""")
 
 
 def response_of(error: BaseException) -> JSONResponse:
@@ -122,8 +158,10 @@ def response_of(error: BaseException) -> JSONResponse:
     headers = {}
     if (retry_after := getattr(error, "retry_after", None)) is not None:
         headers["Retry-After"] = str(retry_after)
-    if entry.status == 500:
-        headers["x-should-retry"] = "false"  # the SDK would send what broke the server twice more
+    if entry.status in (408, 500):
+        headers["x-should-retry"] = "false"  # the SDK would send what broke the server, or took all its time, twice more
+    if isinstance(error, BodyTimeout):
+        headers["Connection"] = "close"  # else the rest of the body would keep the connection busy
     if entry.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body_of(error), entry.status, headers)
@@ -132,18 +170,46 @@ def response_of(error: BaseException) -> JSONResponse:
 Refused = Callable[[int, str], None]  # is told status and code of every refusal
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorDetail
+
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {  # what /openapi.json says of every route; a full queue is a 503 and never a 429
+    status: {"model": ErrorBody, "description": description}
+    for status, description in {
+        400: "The request cannot be served; `param` names the field.",
+        401: "No API key, or a wrong one.",
+        404: "No such route or model.",
+        405: "The route has another method.",
+        408: "The body did not come, or the answer was not complete, in time.",
+        413: "The body is too large.",
+        500: "The server failed.",
+        503: "Not now: the queue is full, the engine is being restarted, the server is loading or shutting down.",
+    }.items()
+}
+
+
+def refuse(error: BaseException, refused: Refused) -> JSONResponse:
+    """The response to an error, which `refused` is told of."""
+    entry = entry_of(error)
+    refused(entry.status, entry.code or "invalid_request")
+    return response_of(error)
+
+
 def install(app: FastAPI, refused: Refused) -> None:
-    """Answer every error of this app in OpenAI's shape."""
+    """Answer every error of this app that anybody foresaw in OpenAI's shape; Unforeseen answers the others."""
 
     async def ours(_: Request, error: Exception) -> JSONResponse:
-        refused(entry_of(error).status, entry_of(error).code or "invalid_request")
-        return response_of(error)
-
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        response = await ours(request, error)
-        if request_id := request.scope.get("request_id"):  # this handler stands outside of the middleware that adds it
-            response.headers["x-request-id"] = request_id
-        return response
+        return refuse(error, refused)
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -165,7 +231,32 @@ def install(app: FastAPI, refused: Refused) -> None:
     app.add_exception_handler(HTTPException, http)
     for kind in (ClientError, ServerError):
         app.add_exception_handler(kind, ours)
-    app.add_exception_handler(Exception, unforeseen)
+
+
+class Unforeseen:
+    """Middleware: an error that nobody foresaw is a 500 in OpenAI's shape, and is raised on for the server's log.
+
+    Stands inside of the middleware that adds headers; the framework's own handler for any error stands outside of it.
+    """
+
+    def __init__(self, app: ASGIApp, refused: Refused):
+        self._app = app
+        self._refused = refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_begun = scope["type"] != "http"
+
+        async def noting_send(message: Message) -> None:
+            nonlocal is_begun
+            is_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except Exception as error:
+            if not is_begun:
+                await refuse(error, self._refused)(scope, receive, send)
+            raise
 
 
 def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from engine.errors import EngineDead, InvalidRequest, ServerError
 from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
 from server.deps import Serving
 from server.detokenize import StopScanner, StopStrings
+from server.errors import RequestTimeout
 from server.record import ChoiceRecord, RequestRecord
 from server.text import TextTokenizer
 
@@ -81,10 +82,11 @@ class Generation:
             async for deltas in generation: ...
 
     Entering raises what `submit` raises. Iterating gives, for each choice with news, all that was waiting as one TextDelta; it raises
-    EngineDead if the engine fails and ShuttingDown if the server cuts the job.
+    EngineDead if the engine fails, RequestTimeout if that takes longer than the deployment allows since `arrived_at` (monotonic; by
+    default the job's), and ShuttingDown if the server cuts the job.
     """
 
-    def __init__(self, job: Job, serving: Serving):
+    def __init__(self, job: Job, serving: Serving, arrived_at: float | None = None):
         first = job.requests[0]
         limit, speculation = serving.info.max_draft, first.speculation
         num_spec_tokens = min(limit, speculation.max_draft if speculation.max_draft is not None else limit) if speculation.enabled else 0
@@ -97,6 +99,7 @@ class Generation:
         self._streams: list[Stream] = []
         self._begun: set[int] = set()  # prompts of which something was delivered
         self._error: Exception | None = None
+        self._arrived_at = job.arrived_at if arrived_at is None else arrived_at
         self.record = RequestRecord(
             rule=speculation.rule,
             alpha=speculation.alpha,
@@ -111,6 +114,7 @@ class Generation:
     async def __aenter__(self) -> Generation:
         self._serving.draining.add(self)
         try:
+            self._start_clock()
             for request in self._job.requests:
                 self._streams.append(await self._exits.enter_async_context(self._serving.engine.submit(request)))
         except BaseException:
@@ -124,7 +128,8 @@ class Generation:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._serving.draining.discard(self)
         await self._exits.aclose()
-        reasons = [answer.record.finish_reason or ("error" if self._error else "abort") for answer in self._answers]
+        early = "abort" if self._error is None else "timeout" if isinstance(self._error, RequestTimeout) else "error"
+        reasons = [answer.record.finish_reason or early for answer in self._answers]
         for answer, reason in zip(self._answers, reasons, strict=True):
             self._metrics.answer_done(answer.record, reason)
         seconds = time.monotonic() - self.record.arrived_at
@@ -156,6 +161,16 @@ class Generation:
         for stream in self._streams:
             for choice in range(self._num_choices):
                 stream.abort(choice)
+
+    def _start_clock(self) -> None:
+        """Cut the job when its time is up. Raises RequestTimeout where it already is."""
+        seconds = self._serving.deployment.server.request_timeout_seconds
+        if seconds is None:
+            return
+        left = self._arrived_at + seconds - time.monotonic()
+        if left <= 0:
+            raise RequestTimeout(seconds)
+        self._exits.callback(asyncio.get_running_loop().call_later(left, self.cut, RequestTimeout(seconds)).cancel)
 
     def _take(self, prompt: int, deltas: Sequence[TokenDelta]) -> list[TextDelta]:
         """What a batch of deltas for one prompt says to the client."""

@@ -17,6 +17,9 @@ def bind(settings: ServerSettings) -> socket.socket:
         # asyncio sends small writes at once only where the protocol is named; else a body waits 40 ms for the receipt of its headers
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart need not wait for old connections to time out
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: connections have it from here. Whoever reads nothing would hold an answer forever
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * settings.send_timeout_seconds))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # and whoever is gone without a word
         listener.bind(address)
     except (OSError, ValueError) as error:  # ValueError: a host that no name can be, such as a..b
         if listener is not None:

@@ -92,7 +92,7 @@ class Metrics:
     def _declare_requests(self) -> None:
         labels = ("model", "preset")
         self.requests = self._counter(
-            "requests", "Answers by how they ended: stop, length, abort (the client left) or error", (*labels, "finish_reason")
+            "requests", "Answers by how they ended: stop, length, abort (the client left), timeout or error", (*labels, "finish_reason")
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts whose first answer token was delivered", labels)
         self.cached_tokens = self._counter("cached_prompt_tokens", "Of cascade_prompt_tokens_total, those not computed again", labels)

@@ -17,6 +17,7 @@ from engine.model.linear import choose
 from engine.model.loader import ModelSize, PairMember, check_pair, estimate, read_config, resolve_device, resolve_dtype
 from engine.model.source import fetch_config
 from engine.stats import EngineInfo
+from server.keys import digests_of
 from server.settings import Deployment
 from server.units import UNKNOWN, in_bytes
 
@@ -135,5 +136,5 @@ def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
         ("blocks", blocks),
         ("served context", UNKNOWN if figures.max_model_len is None else f"{figures.max_model_len:,} tokens"),
         ("address", f"http://{server.host}:{server.port}"),
-        ("API keys", f"{len(server.api_keys)}" if server.api_keys else "none: everybody is served"),
+        ("API keys", f"{len(digests)}" if (digests := digests_of(server)) else "none: everybody is served"),
     ]

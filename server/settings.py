@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from engine.config import EngineConfig, Preset, Section
@@ -27,6 +28,24 @@ S = TypeVar("S", bound=Section)
 
 ENV_PREFIX = "CASCADE_"
 OTHER_VARIABLES = frozenset({"CASCADE_CACHE_DIR"})  # read by the engine's loader
+DIGEST = "sha256:"  # what an API key begins with that stands there as its digest
+
+
+def fit_key(key: str) -> str:
+    """An API key, or its digest, as it may stand in a file. Raises ValueError."""
+    if key.startswith(DIGEST) and not re.fullmatch("[0-9a-fA-F]{64}", key.removeprefix(DIGEST)):
+        raise ValueError(f"what begins with {DIGEST} must be a digest, 64 hexadecimal digits; `cascade hash-key` makes one")
+    return key
+
+
+def fit_origin(origin: str) -> str:
+    """An origin as browsers write it, or '*'. Raises ValueError."""
+    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+", origin):
+        raise ValueError("an origin is a scheme, a host in small letters and, if need be, a port, such as https://example.org, or '*'")
+    return origin
+
+
+ApiKey = Annotated[str, Field(min_length=1), AfterValidator(fit_key)]
 
 
 class ServerSettings(Section):
@@ -34,9 +53,24 @@ class ServerSettings(Section):
 
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="accepted bearer tokens; none: everybody is served")
+    api_keys: tuple[ApiKey, ...] = Field((), description="accepted bearer tokens or their digests; none: everybody is served")
+    api_keys_file: Path | None = Field(None, description="file of further ones, one a line")
+    cors_origins: tuple[Annotated[str, AfterValidator(fit_origin)], ...] = Field(
+        (), description="origins whose pages browsers let in, such as https://example.org; '*' is any"
+    )
     max_queued_requests: int = Field(256, ge=1, le=1_000_000, description="answers that may wait before new ones get a 503")
     max_body_bytes: ByteSize = Field(ByteSize(32 << 20), ge=1, description="longest body of a request, such as 32MiB; beyond it is a 413")
+    body_timeout_seconds: float = Field(60.0, gt=0, le=86_400, allow_inf_nan=False, description="longest that sending a body may take")
+    send_timeout_seconds: float = Field(
+        60.0, ge=1, le=86_400, allow_inf_nan=False, description="a client that takes nothing of its answer for so long is left (on Linux)"
+    )
+    request_timeout_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=604_800,
+        allow_inf_nan=False,
+        description="longest that answering may take, from arrival on; none: as long as it takes",
+    )
     drain_seconds: float = Field(30.0, ge=0, le=86_400, allow_inf_nan=False, description="time to finish what runs at SIGTERM")
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
     engine_hang_seconds: float = Field(30.0, ge=5, le=86_400, allow_inf_nan=False, description="an engine silent for so long is killed")
@@ -155,15 +189,16 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ob
             logger.warning("The environment variable %s is not known and changes nothing%s", variable, hint)
             continue
         if text:
-            found[key] = (variable, _api_keys(variable, text) if key == "api_keys" else text)
+            found[key] = (variable, _several(variable, text) if key in ("api_keys", "cors_origins") else text)
     return found
 
 
-def _api_keys(variable: str, text: str) -> list[str]:
-    keys = [part.strip() for part in text.split(",") if part.strip()]
-    if not keys:
-        raise ConfigError(f"{variable}: (hidden) - holds no key; leave it empty to have those of the file")
-    return keys
+def _several(variable: str, text: str) -> list[str]:
+    values = [part.strip() for part in text.split(",") if part.strip()]
+    if not values:
+        what = "key" if variable == "CASCADE_API_KEYS" else "origin"
+        raise ConfigError(f"{variable}: (hidden) - holds no {what}; leave it empty to have those of the file")
+    return values
 
 
 # ---------------------------------------------------------------------- explaining
@@ -187,7 +222,7 @@ def _explain(details: ErrorDetails, file: _File) -> str:
         return f"{name} - {_bound(details, file.kind)}"
     if details["input"] is None:  # a key with nothing behind it; Python's word for that is not in the file
         return f"{name} - is empty; {_bound(details, file.kind)}"
-    shown = "(hidden)" if "api_keys" in key else _shorten(details["input"])
+    shown = "(hidden)" if re.fullmatch(r"server\.api_keys(\.\d+)?", key) else _shorten(details["input"])
     return f"{name}: {shown} - {_bound(details, file.kind)}"
 
 

@@ -19,6 +19,13 @@ from server.errors import ClientGone, body_of
 
 T = TypeVar("T")
 
+DOCUMENTED: dict[int | str, dict[str, Any]] = {  # what /openapi.json says of routes that stream
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "The answer; with `stream`, events of chunks and [DONE].",
+    }
+}
+
 logger = logging.getLogger(__name__)
 
 # Clients that split lines as Python's str.splitlines does would cut an event at these; in JSON they may be escaped.

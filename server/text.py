@@ -83,15 +83,16 @@ class TextTokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None and self._tokenizer is not None
 
-    def encode(self, text: str, max_model_len: int | None = None) -> list[int]:
-        """Ids of a completion's prompt, with BOS where the tokenizer adds it and the text does not begin with it already.
+    def encode(self, text: str, max_model_len: int | None = None, adds_special: bool = True) -> list[int]:
+        """Ids of a completion's prompt, with BOS where the tokenizer adds it, unless `adds_special` is False, and the text does not begin
+        with it already.
 
         Raises TextTooLong, before any work, for a text that must have more than `max_model_len` tokens.
         """
         tokenizer = self._required("prompt")
         self._check_length(text, max_model_len)
-        ids = _ids(tokenizer, text, add_special_tokens=True)
-        if self._prefix and tuple(ids[:2]) == self._prefix * 2:
+        ids = _ids(tokenizer, text, add_special_tokens=adds_special)
+        if adds_special and self._prefix and tuple(ids[:2]) == self._prefix * 2:
             return ids[1:]
         return ids
 

@@ -10,6 +10,7 @@ from engine.errors import ContextLengthExceeded, InvalidRequest, QueueFull
 from engine.request import Request, SamplingParams, SpeculationParams
 from engine.stats import EngineInfo
 
+MAX_PRIORITY = 2**31 - 1
 MAX_LOGPROBS = 20  # of a position's likeliest tokens, as in OpenAI's chat
 
 
@@ -37,6 +38,8 @@ class Admission:
         if request.grammar is not None:
             self._check_grammar(sampling)
         self._check_ids(request.prediction_ids, "prediction")
+        if not -MAX_PRIORITY - 1 <= request.priority <= MAX_PRIORITY:
+            raise InvalidRequest(f"priority is {request.priority} and must have 32 bits.", "priority")
         if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:
             raise ContextLengthExceeded(len(request.prompt_ids), sampling.max_tokens, info.max_model_len)
         self._check_ids(request.prompt_ids, "prompt")

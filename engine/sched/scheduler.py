@@ -3,14 +3,18 @@
 There is no prefill phase and no decode phase: every sequence has committed tokens, some of them computed, and a step lets it run
 more of what is pending. Only a chunk that runs all of it emits. Drafts get what budget and memory are left, and are given up first.
 
-Why nothing waits forever: a sequence that could never fit the pool is refused at admission; the oldest running sequence is never
-preempted and advances in every step; a preempted sequence goes back to the head of the queue.
+Everything is in the order of priority, and within one in that of age: who waits, who runs, and, from the end, who is preempted. Who runs
+is preempted for those in front of it, never for one that waits.
+
+Why nothing waits forever, but for what is more important: a sequence that could never fit the pool is refused at admission; the oldest
+running sequence of the most important ones, the first of `running`, is never preempted and advances in every step; a preempted sequence
+goes back to the head of those that wait with its priority; nobody waits for a block that a less important one computes.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort_left, insort_right
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
@@ -46,7 +50,9 @@ class _Leaders:
 
     def add(self, seq: Sequence, keys: list[bytes]) -> None:
         for key in keys:
-            self.by_key.setdefault(key, seq)
+            leader = self.by_key.setdefault(key, seq)
+            if _priority(seq) < _priority(leader):
+                self.by_key[key] = seq
 
     def discard(self, seq: Sequence, keys: list[bytes]) -> None:
         for key in keys:
@@ -61,8 +67,8 @@ class Scheduler:
         self.pool = pool
         self.policy = policy
         self.counters = SchedulerCounters()
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting: list[Sequence] = []  # both: the most important first, and of these the oldest
+        self.running: list[Sequence] = []
         self._limits = limits
         self._leaders = _Leaders()
         self._by_request: dict[str, dict[int, Sequence]] = {}
@@ -82,7 +88,8 @@ class Scheduler:
             raise ValueError(f"Request id {request.id!r} is already in the engine.")
         seqs = {choice.index: Sequence(request, choice) for choice in request.choices}
         self._by_request[request.id] = seqs
-        self.waiting.extend(seqs.values())
+        for seq in seqs.values():
+            insort_right(self.waiting, seq, key=_priority)
         first, *others = seqs.values()
         num_shared = len(request.prompt_ids) // self.pool.block_size
         if others and num_shared:  # hash a long prompt once, not once a choice
@@ -104,7 +111,7 @@ class Scheduler:
 
     # ------------------------------------------------------------------ planning
     def schedule(self) -> StepPlan:
-        """Everyone catches up with its own length, oldest first; then who waits; drafts get what is left."""
+        """Everyone catches up with its own length, first come first; then who waits; drafts get what is left."""
         plan: list[Chunk] = []
         left, preemptions = self._limits.max_step_tokens, self.counters.num_preemptions
         index = 0
@@ -117,7 +124,7 @@ class Scheduler:
         return StepPlan(tuple(self._with_drafts(plan, left)))
 
     def _admit_waiting(self, budget: int, plan: list[Chunk]) -> int:
-        """Start waiting sequences, first come first served, but for those that wait for a leader. Returns the tokens given out."""
+        """Start waiting sequences, in their order, but for those that wait for a leader. Returns the tokens given out."""
         left, index = budget, 0
         while left and index < len(self.waiting) and len(self.running) < self._limits.max_sequences:
             seq = self.waiting[index]
@@ -132,9 +139,11 @@ class Scheduler:
         return budget - left
 
     def _is_led(self, seq: Sequence, next_index: int) -> bool:
-        """Whether the first block that the sequence would compute is being computed by another one right now."""
-        is_full = (next_index + 1) * self.pool.block_size < len(seq.tokens)
-        return is_full and self.pool.key(seq, next_index) in self._leaders.by_key
+        """Whether the first block that the sequence would compute is being computed right now by another one, as important or more."""
+        if (next_index + 1) * self.pool.block_size >= len(seq.tokens):  # it is not full
+            return False
+        leader = self._leaders.by_key.get(self.pool.key(seq, next_index))
+        return leader is not None and _priority(leader) <= _priority(seq)
 
     def _admit(self, seq: Sequence, hit: list[int], left: int) -> bool:
         """Start a waiting sequence on the published blocks that hold its first tokens. False where memory is short."""
@@ -146,7 +155,7 @@ class Scheduler:
         if not self.pool.grow(seq, seq.num_computed + min(seq.num_pending, left)):
             self._release(seq)
             return False
-        self.running.append(seq)
+        insort_right(self.running, seq, key=_priority)
         self._leaders.add(seq, self._unpublished_keys(seq))
         self.counters.num_prefix_queried_tokens += len(seq.tokens)
         self.counters.num_prefix_hit_tokens += seq.num_computed
@@ -156,19 +165,20 @@ class Scheduler:
         return True
 
     def _place(self, seq: Sequence, left: int, plan: list[Chunk]) -> int:
-        """Give the sequence up to `left` of its pending tokens, preempting younger ones for memory. Returns how many."""
+        """Give the sequence up to `left` of its pending tokens, preempting later ones for memory. Returns how many."""
         num_tokens = min(seq.num_pending, left)
         while not self.pool.grow(seq, seq.num_computed + num_tokens):
-            if self._preempt_youngest() is seq:
+            if self._preempt_last() is seq:
                 return 0
         plan.append(Chunk(seq, num_tokens, completes=num_tokens == seq.num_pending))
         return num_tokens
 
-    def _preempt_youngest(self) -> Sequence:
-        """Take the blocks of the youngest. Plans are made from the oldest on, so it is not in the plan yet."""
+    def _preempt_last(self) -> Sequence:
+        """Take the blocks of the least important, and of these the youngest. Plans are made from the first on, so it is not in the plan
+        yet."""
         victim = self.running.pop()
         self._release(victim)
-        self.waiting.appendleft(victim)
+        insort_left(self.waiting, victim, key=_priority)
         self.counters.num_preemptions += 1
         return victim
 
@@ -276,6 +286,8 @@ class Scheduler:
         """Raise AssertionError unless the bookkeeping is consistent; for tests and for an idle engine."""
         live = [*self.running, *self.waiting]
         self.pool.check(live)
+        for seqs in (self.running, self.waiting):
+            assert seqs == sorted(seqs, key=_priority), "the order of priority is broken"
         assert not any(seq.block_table or seq.num_computed for seq in self.waiting), "a waiting sequence holds blocks"
         assert {seq for choices in self._by_request.values() for seq in choices.values()} == set(live), "a sequence is lost"
         assert set(self._leaders.by_key.values()) <= set(self.running), "a block is awaited from a sequence that does not run"
@@ -284,6 +296,10 @@ class Scheduler:
             assert awaited.isdisjoint(seq.block_keys[: seq.num_published]), "a block is awaited that was published"
             assert seq.drafter_computed <= seq.num_computed < len(seq.tokens), "a watermark is off"
             assert len(seq.block_table) >= self.pool.blocks_for(seq.num_computed), "KV without a block"
+
+
+def _priority(seq: Sequence) -> int:
+    return seq.request.priority
 
 
 def _lost(seq: Sequence) -> TokenDelta:

@@ -56,7 +56,7 @@ class Likelihood:
 async def answer(job: Job, serving: Serving, shape: Shape, request: Request) -> Response:
     """Run a job and respond. Whatever is refused is raised before the first byte."""
     headers = {"x-cascade-ignored": header_safe(job.ignored)} if job.ignored else {}
-    generation = Generation(job, serving)
+    generation = Generation(job, serving, request.scope["arrived_at"])
     envelope = _Envelope(job, serving, shape)
     if job.is_stream:
         await generation.__aenter__()  # here, so that a refusal has a status; the response leaves it

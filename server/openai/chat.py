@@ -11,6 +11,7 @@ from server.generate import TextDelta
 from server.openai import schema
 from server.openai.answer import Likelihood, answer
 from server.openai.convert import chat_job
+from server.stream import DOCUMENTED
 
 router = APIRouter()
 
@@ -46,7 +47,7 @@ class ChatShape:
         choice.logprobs = schema.ChatLogprobs(content=content)
 
 
-@router.post("/chat/completions", response_model=schema.Completion)
+@router.post("/chat/completions", response_model=schema.Completion, responses=DOCUMENTED)
 async def create_chat_completion(body: schema.ChatBody, serving: Served, request: Request) -> Response:
     """Answer a conversation."""
     return await answer(await chat_job(body, serving), serving, ChatShape(), request)

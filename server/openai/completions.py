@@ -12,6 +12,7 @@ from server.generate import TextDelta
 from server.openai import schema
 from server.openai.answer import Likelihood, answer
 from server.openai.convert import completion_job
+from server.stream import DOCUMENTED
 
 router = APIRouter()
 
@@ -43,7 +44,7 @@ class CompletionShape:
         )
 
 
-@router.post("/completions", response_model=schema.Completion)
+@router.post("/completions", response_model=schema.Completion, responses=DOCUMENTED)
 async def create_completion(body: schema.CompletionBody, serving: Served, request: Request) -> Response:
     """Continue texts or token ids."""
     return await answer(await completion_job(body, serving), serving, CompletionShape(), request)

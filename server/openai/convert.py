@@ -81,15 +81,30 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     """The job of a chat: one prompt, rendered by the model's template."""
     arrived_at = time.monotonic()
     ignored = _ignored(body, serving)
-    _check(body, serving, num_prompts=1)
     structure = structure_of(body)
+    prompt = await _chat_prompt(body, serving)
+    grammar = await grammar_of(structure) if structure is not None else None
+    asked = _Asked([prompt], grammar, await _predicted(body, serving))
+    return _job(body, serving, asked, ignored, arrived_at)
+
+
+async def chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
+    """The prompt of a chat, for whoever wants no answer to it."""
+    _ignored(body, serving)  # what would change the prompt and cannot is refused
+    return await _chat_prompt(body, serving)
+
+
+async def text_prompt(text: str, serving: Serving, adds_special: bool) -> list[int]:
+    """The prompt of a completion, for whoever wants no answer to it."""
+    return await _tokenised(lambda: serving.tokenizer.encode(text, serving.info.max_model_len, adds_special), len(text))
+
+
+async def _chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
+    _check(body, serving, num_prompts=1)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
     turn = _turn(body)
     length = sum(len(message["content"]) for message in messages) + sum(map(len, texts_in(turn.variables)))
-    prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
-    grammar = await grammar_of(structure) if structure is not None else None
-    predicted = await _predicted(body, serving)
-    return _job(body, serving, _Asked([prompt], grammar, predicted), ignored, arrived_at)
+    return await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
 
 
 async def completion_job(body: CompletionBody, serving: Serving) -> Job:
@@ -185,6 +200,7 @@ def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[s
             grammar=asked.grammar,
             prediction_ids=asked.predicted,
             choices=tuple(Choice(index) for index in range(_num_choices(body))),
+            priority=body.priority or 0,
         )
         for i, prompt in enumerate(asked.prompts)
     )

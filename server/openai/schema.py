@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+)
 
 from engine.config import RuleName
 
@@ -18,7 +27,13 @@ from engine.config import RuleName
 INT_MAX = 2**31 - 1  # integers are small from here on: Python refuses to write one of thousands of digits, in messages, too
 
 
+MAX_CHARACTERS = 4 << 20  # of one text: more than fit any context that is served
+MAX_MESSAGES = 4096
+
+
 def _encodable(text: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"must have at most {MAX_CHARACTERS} characters.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -90,8 +105,13 @@ Choices = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=2**16), AfterValidator(_encodable)]], Field(min_length=1, max_length=4096)
 ]
 Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
-Prompts = Annotated[list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts)]
-Stops = Annotated[list[Annotated[Text, Field(min_length=1, max_length=1024)]], Field(max_length=4), BeforeValidator(_as_list)]
+_TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT_MAX}, "minItems": 1}
+_PROMPTS = {"anyOf": [_TEXT, *({"type": "array", "items": kind, "minItems": 1} for kind in (_TEXT, _IDS["items"], _IDS))]}
+Prompts = Annotated[
+    list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts), WithJsonSchema(_PROMPTS)
+]
+Stop = Annotated[Text, Field(min_length=1, max_length=1024)]
+Stops = Annotated[list[Stop], Field(max_length=4), BeforeValidator(_as_list, json_schema_input_type=Stop | list[Stop])]
 TokenId = Annotated[int, Field(ge=0, le=INT_MAX)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias], Field(max_length=1024)]
@@ -167,6 +187,7 @@ class GenerationBody(Body):
     ignore_eos: bool | None = Field(None, description="true: the model's end tokens do not end the answer")
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="end the answer, beside the model's own")
     include_stop_str_in_output: bool | None = Field(None, description="true: what ended the answer is part of it, if it has a text")
+    priority: int | None = Field(None, ge=-INT_MAX - 1, le=INT_MAX, description="a lower one is served earlier; equal ones as they come")
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="every prompt of the request uses it; none: each has a random one")
     stop: Stops | None = None
     n: int | None = Field(None, ge=1, le=128)
@@ -210,7 +231,7 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: Variables | None = Field(None, max_length=64, description="further variables for the model's chat template")
     logprobs: bool | None = Field(None, description="true: say of each token how likely the target itself found it")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="and of so many others; wants logprobs")
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
 
 
 class CompletionBody(GenerationBody):

@@ -15,6 +15,7 @@ from engine.sequence import Sequence
 from tests.unit.factories import make_drafts, make_sequence
 
 TOKENS = st.integers(0, 2)  # few, so that prefixes are shared
+PRIORITIES = st.sampled_from([0, 0, 0, -1, 1])
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -78,8 +79,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(BlockPool(num_blocks, block_size), Limits(max_sequences, budget), HeuristicLength(2, 5))
         self.budget = budget
 
-    @rule(tokens=st.lists(TOKENS, min_size=1, max_size=14), max_tokens=st.integers(1, 8), n=st.integers(1, 3), enabled=st.booleans())
-    def add(self, tokens: list[int], max_tokens: int, n: int, enabled: bool) -> None:
+    @rule(
+        tokens=st.lists(TOKENS, min_size=1, max_size=14),
+        max_tokens=st.integers(1, 8),
+        n=st.integers(1, 3),
+        enabled=st.booleans(),
+        priority=PRIORITIES,
+    )
+    def add(self, tokens: list[int], max_tokens: int, n: int, enabled: bool, priority: int) -> None:
         if len(tokens) + max_tokens > self.capacity:
             return
         self.count += 1
@@ -89,6 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(2,)),
             speculation=SpeculationParams(enabled=enabled),
             choices=tuple(Choice(i) for i in range(n)),
+            priority=priority,
         )
         self.scheduler.add(request)
         for i in range(n):
@@ -105,9 +113,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
         oldest = self.scheduler.running[:1]
+        before = self.scheduler.running.copy()
         plan = self.scheduler.schedule()
         assert sum(c.num_tokens + c.max_draft for c in plan.chunks) <= self.budget
         assert not oldest or plan.chunks[0].seq is oldest[0], "the oldest comes first"
+        self._check_order(before)
         assert bool(plan.chunks) == self.scheduler.has_work, "there is work, and nobody may run"
         for chunk in plan.chunks:
             assert chunk.num_tokens >= 1
@@ -118,6 +128,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         ends = [c.seq.num_computed + c.num_tokens for c in plan.chunks]
         marks = [data.draw(st.integers(c.seq.drafter_computed, end)) for c, end in zip(plan.chunks, ends, strict=True)]
         self._commit(data, plan, lengths, marks)
+
+    def _check_order(self, before: list[Sequence]) -> None:
+        """Who stayed is in front of whoever was preempted, in the order of before; who came in stands behind its equals."""
+        priorities = [seq.request.priority for seq in self.scheduler.running]
+        assert priorities == sorted(priorities)
+        stayed = [seq for seq in before if seq in self.scheduler.running]
+        assert stayed == before[: len(stayed)], "a more important or an older one was preempted"
+        for seq in self.scheduler.running:
+            equals = [other for other in self.scheduler.running if other.request.priority == seq.request.priority]
+            assert equals == sorted(equals, key=lambda other: other not in stayed)
 
     def _commit(self, data: st.DataObject, plan: StepPlan, lengths: list[int], marks: list[int]) -> None:
         accepted = [data.draw(st.integers(0, n)) for n in lengths]

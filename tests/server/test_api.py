@@ -646,7 +646,9 @@ async def test_api_keys(folder: Path) -> None:
         assert (await served.http.get("/v1/nothing")).status_code == 401
         assert (await served.http.get("/openapi.json")).status_code == 401
         assert (await served.http.get("/openapi.json", headers={"authorization": "Bearer first"})).status_code == 200
-        for path in ("/health", "/ready", "/metrics", "/version"):
+        for path in ("/metrics", "/version"):
+            assert (await served.http.get(path)).status_code == 401
+        for path in ("/health", "/ready"):
             assert (await served.http.get(path)).status_code == 200
 
 

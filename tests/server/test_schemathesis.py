@@ -1,0 +1,114 @@
+"""What /openapi.json promises, asked by a tool that reads it: no 5xx, and no status, type or shape that is not described."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+
+from server.app import create_app
+from tests.fakes import FakeEngine, Part, make_info
+from tests.server.conftest import Served, make_deployment
+
+schemathesis = pytest.importorskip("schemathesis", reason="the extra `test` is not installed in full")
+checks = pytest.importorskip("schemathesis.checks")
+modes = pytest.importorskip("schemathesis.generation.modes")
+specs = pytest.importorskip("schemathesis.specs.openapi.checks")
+
+CHECKS = [
+    checks.not_a_server_error,
+    specs.status_code_conformance,
+    specs.content_type_conformance,
+    specs.response_schema_conformance,
+]
+NUM_CASES = 40
+SETTINGS = settings(
+    max_examples=NUM_CASES,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def described() -> dict[str, Any]:
+    """The description of an app, made to name a model that is served: no generator would guess one."""
+    description = create_app(FakeEngine(make_info()), make_deployment()).openapi()
+    for name in ("ChatBody", "CompletionBody", "TokenizeBody", "DetokenizeBody"):
+        description["components"]["schemas"][name]["properties"]["model"] = {"enum": ["tiny", "tiny:off"]}
+    description["paths"]["/v1/models/{model_id}"]["get"]["parameters"][0]["schema"] = {"enum": ["tiny", "org/tiny:off", "other"]}
+    return description
+
+
+DESCRIPTION = described()
+OPERATIONS = {operation.ok().label: operation.ok() for operation in schemathesis.openapi.from_dict(DESCRIPTION).get_all_operations()}
+
+
+def cases_of(strategy: Any) -> list[Any]:
+    """The same ones every time; none where there is nothing to get wrong."""
+    cases: list[Any] = []
+
+    @settings(
+        max_examples=NUM_CASES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def collect(case: Any) -> None:
+        cases.append(case)
+
+    run: Callable[[], None] = collect
+    try:
+        run()
+    except Unsatisfiable:
+        return []
+    return cases
+
+
+async def send(case: Any, http: httpx.AsyncClient) -> httpx.Response:
+    kwargs = case.as_transport_kwargs(base_url="http://test")
+    content = json.dumps(kwargs["json"]) if "json" in kwargs else kwargs.get("data")
+    return await http.request(kwargs["method"], kwargs["url"], content=content, headers=kwargs["headers"], params=kwargs["params"])
+
+
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+@pytest.mark.parametrize("label", OPERATIONS)
+async def test_an_operation_does_what_is_described(served: Served, label: str, mode: str) -> None:
+    served.answer_with(parts=[Part((40, 41)), Part((42,))])
+    cases = cases_of(OPERATIONS[label].as_strategy(generation_mode=modes.GenerationMode(mode)))
+    statuses = set[int]()
+    for case in cases:
+        response = await send(case, served.http)
+        case.validate_response(response, checks=CHECKS)
+        statuses.add(response.status_code)
+    assert not served.engine.streams
+    if mode == "positive":
+        assert cases
+        assert 200 in statuses, "something that is served was asked"
+
+
+def test_what_is_described_holds_no_422_and_every_error() -> None:
+    for path, operations in DESCRIPTION["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"]
+            if path.startswith("/v1") or "tokenize" in path:
+                assert {"200", "400", "401", "404", "405", "408", "413", "500", "503"} == set(operation["responses"]), path
+    error = {"$ref": "#/components/schemas/ErrorBody"}
+    assert DESCRIPTION["paths"]["/v1/completions"]["post"]["responses"]["503"]["content"]["application/json"]["schema"] == error
+    assert "ValidationError" not in json.dumps(DESCRIPTION)
+
+
+def test_the_description_knows_every_kind_of_prompt(folder: Path) -> None:
+    fields = DESCRIPTION["components"]["schemas"]["CompletionBody"]["properties"]
+    assert [kind["type"] for kind in fields["prompt"]["anyOf"]] == ["string", "array", "array", "array"]
+    assert [kind["type"] for kind in fields["stop"]["anyOf"]] == ["string", "array", "null"]
