@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.client import EngineClient
 from engine.errors import ClientError
 from engine.stats import EngineInfo
+from server.dialect import Dialect
 from server.drain import Draining
 from server.errors import BodyTooLarge, InvalidKey, NotLoaded, Refused, ShuttingDown, entry_of, response_of
 from server.metrics import Metrics
@@ -33,6 +34,7 @@ class Serving:
     metrics: Metrics
     draining: Draining
     started_at: int  # Unix time
+    dialect: Dialect
     unused_fields: set[str] = field(default_factory=set)  # names that were logged
 
     @property

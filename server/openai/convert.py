@@ -24,8 +24,9 @@ from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from server.deps import Serving
 from server.errors import UnknownModel
 from server.generate import Job
-from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody, Speculation
-from server.template import OWN_VARIABLES, Turn
+from server.openai.conversation import conversation_of, grammar_of, reading_of
+from server.openai.schema import ChatBody, CompletionBody, GenerationBody, Speculation
+from server.openai.values import Body
 from server.text import LONG_TEXT, texts_in
 
 T = TypeVar("T")
@@ -81,7 +82,12 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     # in a message
     "messages.audio": (),
     "messages.function_call": (),
-    "messages.tool_calls": ([],),
+}
+
+_INSTEAD = {  # deprecated by OpenAI
+    "functions": "It was replaced by tools.",
+    "function_call": "It was replaced by tool_choice.",
+    "messages.function_call": "It was replaced by messages.tool_calls.",
 }
 
 
@@ -90,11 +96,13 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     arrived_at = time.monotonic()
     ignored = _ignored(body, serving)
     _check(body, serving, num_prompts=1)
-    messages = [{"role": message.role, "content": message.content} for message in body.messages]
-    turn = _turn(body)
-    length = sum(len(message["content"]) for message in messages) + sum(map(len, texts_in(turn.variables)))
+    conversation = conversation_of(body, serving.dialect)
+    messages, turn = conversation.messages, conversation.turn
+    length = sum(len(text) for part in conversation.parts for text in texts_in(part))
     prompt = await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
-    return _job(body, serving, [prompt], ignored, arrived_at)
+    job = _job(body, serving, [prompt], ignored, arrived_at)
+    reading = reading_of(conversation, serving, prompt, is_eager=job.is_stream)
+    return replace(job, reading=reading, grammar_text=grammar_of(conversation, reading, serving)) if reading else job
 
 
 async def completion_job(body: CompletionBody, serving: Serving) -> Job:
@@ -214,21 +222,6 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
     )
 
 
-def _turn(body: ChatBody) -> Turn:
-    """How the conversation is to be rendered. Raises InvalidRequest for wishes that exclude each other."""
-    continues, opens = bool(body.continue_final_message), body.add_generation_prompt
-    if continues and opens:
-        raise InvalidRequest("continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message")
-    if continues and body.messages[-1].role != "assistant":
-        raise InvalidRequest(
-            f"Only a message of the assistant can be continued; the last one is the {body.messages[-1].role}'s.", "messages"
-        )
-    variables = body.chat_template_kwargs or {}
-    if taken := sorted(OWN_VARIABLES & variables.keys()):
-        raise InvalidRequest(f"{taken[0]} has a field of its own, or is not implemented.", f"chat_template_kwargs.{taken[0]}")
-    return Turn(opens_answer=opens is not False, continues_last=continues, variables=variables)
-
-
 def _num_logprobs(body: GenerationBody) -> int | None:
     """How many of a position's likeliest tokens to report; None where nothing is asked for."""
     if isinstance(body, CompletionBody):
@@ -275,8 +268,8 @@ def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
     Raises InvalidRequest for one that ought to change something and cannot yet, and for all where the deployment refuses them.
     """
     names = dict.fromkeys(_unused(body))  # a set that keeps the order; names are short, since clients make them up
-    for message in body.messages if isinstance(body, ChatBody) else ():
-        names |= dict.fromkeys(_unused(message, "messages."))
+    for prefix, part in _parts(body) if isinstance(body, ChatBody) else ():
+        names |= dict.fromkeys(_unused(part, prefix))
     if body.stream_options is not None:
         names |= dict.fromkeys(_unused(body.stream_options, "stream_options."))
     if names and serving.deployment.server.unused_fields == "refuse":
@@ -292,6 +285,18 @@ def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _parts(body: ChatBody) -> Iterator[tuple[str, Body]]:
+    """What a chat holds, with what its fields are called by."""
+    for message in body.messages:
+        yield "messages.", message
+        for call in message.tool_calls or ():
+            yield "messages.tool_calls.", call
+            yield "messages.tool_calls.function.", call.function
+    for tool in body.tools or ():
+        yield "tools.", tool
+        yield "tools.function.", tool.function
+
+
 def _unused(part: Body, prefix: str = "") -> Iterator[str]:
     for key, value in (part.model_extra or {}).items():
         name = prefix + key
@@ -300,7 +305,7 @@ def _unused(part: Body, prefix: str = "") -> Iterator[str]:
         if name not in NOT_IMPLEMENTED:
             yield name[:_LONGEST_NAME]
         elif not any(_is_same(value, neutral) for neutral in NOT_IMPLEMENTED[name]):
-            raise InvalidRequest(f"{name} is not implemented by this endpoint yet. Leave it out.", name)
+            raise InvalidRequest(f"{name} is not implemented by this endpoint. {_INSTEAD.get(name, 'Leave it out.')}", name)
 
 
 def _is_same(value: Any, neutral: Any) -> bool:
