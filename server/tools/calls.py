@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+
 from server.tools.json_reader import SPACE, JsonReader, Malformed
 
 _ARGUMENT_KEYS = ("arguments", "parameters")
