@@ -89,7 +89,7 @@ def _free(form: ToolFormat) -> str:
     """Any text; where calls may be bare, any that does not begin like one."""
     if not form.bare:
         return r"(.|\n)*"
-    return rf"(\s*[^\s{re.escape(form.bare)}](.|\n)*)?"
+    return rf"\s*([^\s{re.escape(form.bare)}](.|\n)*)?"
 
 
 def _rules(form: ToolFormat, use: ToolUse, ids: Ids) -> list[str]:

@@ -58,7 +58,7 @@ def tool_checker(tokenizer: Tokenizer, form: str, *functions: Function, **use: A
 
 
 def call_of(form: str, name: str, arguments: Any) -> str:
-    told = json.dumps(arguments)
+    told = json.dumps(arguments, ensure_ascii=False)  # of escapes, llguidance takes only what must be escaped
     if form == "mistral_named":
         return f"{name}[ARGS]{told}"
     return f'{{"name": "{name}", "{FORMATS[form].arguments_key}": {told}}}'
