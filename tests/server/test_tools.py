@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import pydantic_function_tool
 from openai.types.chat import ChatCompletion
+from pydantic import BaseModel
 
 from engine.errors import ConfigError
 from engine.request import FinishReason
@@ -168,6 +170,21 @@ async def test_a_stop_string_ends_calls_as_well(hermes: Served) -> None:
     assert choice["finish_reason"] == "tool_calls"
 
 
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: str
+
+
+async def test_a_client_may_have_arguments_parsed(hermes: Served) -> None:
+    hermes.say(f'<tool_call>{{"name": "Weather", "arguments": {CITY}}}</tool_call>')
+    tools = [pydantic_function_tool(Weather)]
+    answer = await hermes.openai.chat.completions.parse(model="tiny", messages=USER, tools=tools)
+    calls = answer.choices[0].message.tool_calls
+    assert calls
+    assert calls[0].function.parsed_arguments == Weather(city="Köln")
+
+
 # ---------------------------------------------------------------------- whether there may be calls
 async def test_why_an_answer_with_calls_ended(hermes: Served) -> None:
     """A client that named the function need not be told."""
@@ -189,7 +206,8 @@ async def test_why_an_answer_with_calls_ended(hermes: Served) -> None:
 async def test_no_call_is_looked_for_where_none_may_be(hermes: Served) -> None:
     text = '<tool_call>{"name": "clock"}</tool_call>'
     hermes.say(text)
-    for fields in ({}, {"tools": []}, {"tools": TOOLS, "tool_choice": "none"}, {"tool_choice": "auto"}, {"parallel_tool_calls": True}):
+    none: dict[str, Any] = {"tools": TOOLS, "tool_choice": "none"}
+    for fields in ({}, {"tools": []}, none, {"tool_choice": "auto"}, {"parallel_tool_calls": True}):
         choice = (await hermes.chat(**fields)).json()["choices"][0]
         assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
         assert "TOOL" not in hermes.prompt(), "what may not be called is not told of"
