@@ -55,13 +55,16 @@ FORMATS: Mapping[str, ToolFormat] = {
 
 FormatName = Literal["auto", "none", "hermes", "llama3", "mistral", "mistral_named", "json"]
 
-# Calls in XML, in python, or between marks of other families.
-_UNREADABLE = re.compile(r"<function=|<\|tool_call|<｜tool|<minimax:tool_call|functools\[|<arg_key>|<\|START_ACTION|<start_function_call>")
+# Calls in XML or python, also where the mark is one that is known.
+_OTHER_BODIES = re.compile(r"<function=|<arg_key>|<parameter=|functools\[")
+# Marks of other families, such as <tool_calls> or <|START_ACTION|>.
+_OTHER_MARKS = re.compile(r"[<\[][|｜/]?[\w:▁]*(tool[_▁]?calls?|function[_▁]?calls?|action)[\w▁]*[|｜]?[>\]]", re.IGNORECASE)
 _SIGNS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("mistral_named", re.compile(r"\[TOOL_CALLS\][\s\S]*\[ARGS\]")),
     ("mistral", re.compile(r"\[TOOL_CALLS\]")),
     ("hermes", re.compile(r"<tool_call>")),
-    ("llama3", re.compile(r"<\|python_tag\|>|Environment: ipython|\"parameters\":")),
+    ("llama3", re.compile(r"<\|python_tag\|>|Environment: ipython")),
+    ("llama3", re.compile(r"\{\"name\": [^{}]*\"parameters\": ")),
 )
 
 
@@ -72,9 +75,12 @@ def has_place_for_tools(template: str) -> bool:
 
 def detected(template: str) -> ToolFormat | None:
     """The form that a template with a place for tools teaches; None for one that cannot be read."""
-    if _UNREADABLE.search(template):
+    if _OTHER_BODIES.search(template):
         return None
-    return next((FORMATS[name] for name, sign in _SIGNS if sign.search(template)), FORMATS["json"])
+    known = next((FORMATS[name] for name, sign in _SIGNS if sign.search(template)), None)
+    if known is None and not _OTHER_MARKS.search(template):
+        return FORMATS["json"]
+    return known
 
 
 # ---------------------------------------------------------------------- what a request allows

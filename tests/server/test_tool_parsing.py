@@ -242,9 +242,15 @@ def test_json_is_what_python_reads(text: str) -> None:
         ("{% if tools %}[TOOL_CALLS] [{{ tools }}]{% endif %}", "mistral"),
         ("{% if tools %}[TOOL_CALLS]{{ name }}[ARGS]{{ tools }}{% endif %}", "mistral_named"),
         ("{% if tools %}Environment: ipython{% endif %}", "llama3"),
-        ('{% if tools %}{"name": NAME, "parameters": {}}{% endif %}', "llama3"),
+        ('{% if tools %}{"name": function name, "parameters": dictionary}{% endif %}', "llama3"),
         ("{% if tools %}{{ tools | tojson }}{% endif %}", "json"),
         ("{% if tools %}<tool_call><function=name>{% endif %}", None),
+        ("{% if tools %}<tool_call>{{ name }}<arg_key>{% endif %}", None),
+        ("{% if tools %}<｜tool▁call▁begin｜>{% endif %}", None),
+        ("{% if tools %}<|tool_call|>[{{ call }}]{% endif %}", None),
+        ("{% if tools %}<TOOLCALL>[{{ call }}]</TOOLCALL>{% endif %}", None),
+        ("{% if tools %}<|START_ACTION|>{% endif %}", None),
+        ("{% if tools %}<tools>{{ tools }}</tools><tool_response>{% endif %}", "json"),
     ],
 )
 def test_a_template_says_its_form(template: str, form: str | None) -> None:
