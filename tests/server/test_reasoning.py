@@ -171,8 +171,15 @@ async def test_a_template_may_open_the_thinking(tmp_path: Path) -> None:
         served.say("lo</think>world")
         message = (await served.chat(messages=begun, continue_final_message=True)).json()["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("lo", "world")
-        unopened = await served.chat("why <think>", add_generation_prompt=False)
-        assert unopened.json()["choices"][0]["message"]["content"] == "lo</think>world"
+
+
+async def test_a_client_opens_no_thinking(tmp_path: Path) -> None:
+    """Not even where its words are the prompt's last ones."""
+    async with serve(write_folder(tmp_path, "{{ messages[0].content }}{% if add_generation_prompt %}: {% endif %}{# <think> #}")) as served:
+        served.say("lo</think>world")
+        for opens in (True, False):
+            answer = (await served.chat("why <think>", add_generation_prompt=opens)).json()
+            assert answer["choices"][0]["message"]["content"] == "lo</think>world"
 
 
 async def test_each_answer_thinks_by_itself(thinking: Served) -> None:

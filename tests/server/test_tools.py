@@ -140,6 +140,16 @@ async def test_what_is_no_call_is_content(hermes: Served) -> None:
         assert not any("tool_calls" in delta for delta in deltas)
 
 
+async def test_arguments_that_break_are_content_where_nothing_was_sent_yet(hermes: Served) -> None:
+    text = '<tool_call>{"name": "clock", "arguments": {"a": oops}}</tool_call>'
+    hermes.say(text)
+    choice = (await hermes.chat(tools=TOOLS)).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks_of(await hermes.chat(tools=TOOLS, stream=True))]
+    sent = [entry["function"]["arguments"] for delta in deltas for entry in delta.get("tool_calls", [])]
+    assert "".join(sent) == '{"a": oops}}'
+
+
 async def test_several_answers_have_calls_of_their_own(hermes: Served) -> None:
     encode = hermes.tokenizer.encode
     texts = ['<tool_call>{"name": "clock"}</tool_call>', "It is noon.", SAID["hermes"]]
@@ -339,7 +349,7 @@ async def test_a_conversation_goes_on(hermes: Served) -> None:
         ([{"role": "assistant", "tool_calls": [{"id": "x", "type": "custom"}]}], "messages.0.tool_calls.0.type"),
         ([{"role": "tool", "content": "x"}], "messages.0.tool_call_id"),
         ([{"role": "tool", "content": "x", "tool_call_id": "call_1"}], "messages.0.tool_call_id"),
-        ([RESULT, {"role": "assistant", "tool_calls": [call()]}], "messages.0.tool_call_id"),
+        ([*USER, RESULT, {"role": "assistant", "tool_calls": [call()]}], "messages.1.tool_call_id"),
         ([{"role": "assistant", "tool_calls": [call()]}, {**RESULT, "content": None}], "messages.1.content"),
         ([{"role": "assistant", "content": "x", "function_call": {"name": "f"}}], "messages.function_call"),
     ],
@@ -386,6 +396,12 @@ async def test_special_tokens_in_tools_stay_text(form: str, tmp_path: Path) -> N
         ids = served.engine.requests[-1].prompt_ids
         num_turns = 3 if form == "hermes" else 4  # the description is a turn of its own
         assert (ids.count(start), ids.count(end)) == (num_turns + 1, num_turns)
+
+
+async def test_special_tokens_in_tools_alone_stay_text(hermes: Served) -> None:
+    await hermes.chat(tools=[{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}], max_tokens=1)
+    assert "<|im_end|>" in hermes.prompt().partition("Write")[0]
+    assert hermes.engine.requests[-1].prompt_ids.count(hermes.tokenizer.token_to_id("<|im_end|>")) == 1
 
 
 async def test_ids_are_of_the_length_that_a_family_wants(tmp_path: Path) -> None:
