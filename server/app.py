@@ -23,6 +23,7 @@ from engine.stats import EngineInfo
 from server import errors, logs, ops
 from server.body import BodyBounds, BodyLimit
 from server.deps import Serving
+from server.dialect import dialect_of
 from server.drain import Draining
 from server.keys import BearerAuth, digests_of
 from server.metrics import Metrics
@@ -125,14 +126,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _load(app: FastAPI) -> EngineInfo:
     engine: EngineClient = app.state.engine
     info = await _started(engine)
+    tokenizer: TextTokenizer = app.state.load_tokenizer(info.target_path)
+    settings = app.state.deployment.server
     app.state.serving = Serving(
         engine=engine,
         version=app.version,
-        tokenizer=app.state.load_tokenizer(info.target_path),
+        tokenizer=tokenizer,
         deployment=app.state.deployment,
         metrics=app.state.metrics,
         draining=app.state.draining,
         started_at=int(time.time()),
+        dialect=dialect_of(tokenizer.template_source, settings.tool_format, settings.reasoning_format),
     )
     engine.on_step(app.state.metrics.observe_step)
     engine.on_loss(app.state.metrics.observe_loss)

@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from engine.client import EngineClient
 from engine.stats import EngineInfo
+from server.dialect import Dialect
 from server.drain import Draining
 from server.errors import NotLoaded, ShuttingDown
 from server.metrics import Metrics
@@ -28,6 +29,7 @@ class Serving:
     metrics: Metrics
     draining: Draining
     started_at: int  # Unix time
+    dialect: Dialect
     unused_fields: set[str] = field(default_factory=set)  # names that were logged
 
     @property

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 
@@ -28,19 +29,21 @@ class Detokenizer:
     Tokens that stand for bytes go through an incremental UTF-8 decoder, which holds back at most the three bytes of an unfinished
     character; what turns out not to be UTF-8 becomes U+FFFD. Other tokens are decoded behind a few of their predecessors, since
     some decoders treat the first token of a text differently. The cost of a token does not depend on how many came before.
+    Special tokens have no text, but for `literals`.
     """
 
     CONTEXT = 6  # tokens
 
-    def __init__(self, tokenizer: TokenTexts):
+    def __init__(self, tokenizer: TokenTexts, literals: Mapping[int, str] = MappingProxyType({})):
         self._tokenizer = tokenizer
+        self._literals = literals
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._context: deque[int] = deque(maxlen=self.CONTEXT)
 
     def push(self, token_id: int) -> str:
         """The text that this token completes."""
         if token_id in self._tokenizer.special_ids:
-            return ""
+            return self.flush() + self._literals[token_id] if token_id in self._literals else ""
         raw = self._tokenizer.raw_bytes(token_id)
         text = self._utf8.decode(raw) if raw is not None else self.flush() + self._behind_context(token_id)
         self._context.append(token_id)

@@ -19,10 +19,13 @@ from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogpro
 from server.deps import Serving
 from server.detokenize import StopScanner, StopStrings
 from server.errors import RequestTimeout
+from server.reading import CallPiece, Reading
 from server.record import ChoiceRecord, RequestRecord
 from server.text import TextTokenizer
 
 _log = logging.getLogger(__name__)
+
+TOOL_CALLS = "tool_calls"  # an answer's finish reason where it ended so that its calls are carried out; no engine knows of it
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Job:
     shows_logprobs: bool = False
     echoes: tuple[str, ...] = ()  # what stands in front of the answers to each prompt; empty for nothing
     shows_stop: bool = False  # what ended an answer, if it has a text, is part of the answer
+    reading: Reading | None = None  # how to find thinking and calls in the answers; None: all is content
     arrived_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -70,9 +74,11 @@ class TextDelta:
     """What one delivery adds to one choice."""
 
     index: int
-    text: str
+    text: str  # of the content
     finish_reason: str | None
     tokens: tuple[EmittedToken, ...] = ()  # if the job wants to know of them
+    reasoning: str = ""
+    calls: tuple[CallPiece, ...] = ()
 
 
 class Generation:
@@ -107,6 +113,7 @@ class Generation:
             num_prompt_tokens=sum(len(request.prompt_ids) for request in job.requests),
             num_choices=self._num_choices,
             has_prediction=bool(first.prediction_ids),
+            marks_reasoning=job.reading is not None and job.reading.reasoning is not None,
             choices=[ChoiceRecord(num_spec_tokens) for request in job.requests for _ in request.choices],
             arrived_at=job.arrived_at,
         )
@@ -174,20 +181,20 @@ class Generation:
 
     def _take(self, prompt: int, deltas: Sequence[TokenDelta]) -> list[TextDelta]:
         """What a batch of deltas for one prompt says to the client."""
-        texts: dict[int, str] = {}
+        told: dict[int, None] = {}  # answers, in the order of their first news
         for delta in deltas:
             index = prompt * self._num_choices + delta.choice
             answer = self._answers[index]
             if answer.record.finish_reason is not None:  # it met a stop string; the engine had not heard of it
                 continue
-            text, drafts = answer.push(delta)
-            texts[index] = texts.get(index, "") + text
+            drafts = answer.push(delta)
+            told[index] = None
             if drafts is not None:
                 self._metrics.round(drafts)
             if answer.is_cut:
                 self._streams[prompt].abort(delta.choice)
-        self._note_delivery(prompt, list(texts))
-        return [self._answers[index].as_delta(index, text) for index, text in texts.items()]
+        self._note_delivery(prompt, list(told))
+        return [self._answers[index].as_delta(index) for index in told]
 
     def _note_delivery(self, prompt: int, indices: list[int]) -> None:
         now = time.monotonic()
@@ -205,11 +212,13 @@ class _Answer:
     """One choice: its text so far, and its numbers."""
 
     def __init__(self, tokenizer: TextTokenizer, stops: StopStrings, record: ChoiceRecord, job: Job):
-        self._detokenizer = tokenizer.detokenizer()
+        self._detokenizer = tokenizer.detokenizer(job.reading.literals) if job.reading else tokenizer.detokenizer()
+        self._reader = job.reading.reader() if job.reading else None
         self._scanner = StopScanner(stops)
         self._num_unstopped = job.requests[0].sampling.min_tokens  # so many tokens are not searched for stop strings
         self._shows_stop = job.shows_stop
         self._keeps_tokens = job.wants_provenance or job.knows_logprobs
+        self._text = ""  # since the last delivery, where there is no reader
         self._tokens: list[EmittedToken] = []  # since the last delivery
         self.record = record
 
@@ -218,8 +227,8 @@ class _Answer:
         """A stop string was found."""
         return self._scanner.is_stopped
 
-    def push(self, delta: TokenDelta) -> tuple[str, Round | None]:
-        """Text that may go out, and the round as far as the client received it. Tokens behind a stop string count nowhere."""
+    def push(self, delta: TokenDelta) -> Round | None:
+        """Take tokens in. Returns the round as far as the client received it; tokens behind a stop string count nowhere."""
         has_hidden_end = delta.finish_reason is FinishReason.STOP and not self._shows_stop
         with_text = delta.token_ids[:-1] if has_hidden_end else delta.token_ids
         text, pieces = "", list[str]()
@@ -234,12 +243,28 @@ class _Answer:
             self.record.finish_reason = FinishReason.STOP.value
         if self._keeps_tokens:
             self._tokens += _tokens(delta, pieces, has_hidden_end)
-        return text, self.record.count(delta, len(pieces))
+        self._take_in(text, pieces)
+        return self.record.count(delta, len(pieces))
 
-    def as_delta(self, index: int, text: str) -> TextDelta:
+    def as_delta(self, index: int) -> TextDelta:
         """What is delivered now."""
         tokens, self._tokens = tuple(self._tokens), []
-        return TextDelta(index, text, self.record.finish_reason, tokens)
+        text, self._text = self._text, ""
+        if self._reader is None:
+            return TextDelta(index, text, self.record.finish_reason, tokens)
+        pieces, reason = self._reader.take(), self.record.finish_reason
+        if reason == FinishReason.STOP.value and self._reader.ends_for_calls:
+            reason = TOOL_CALLS
+        return TextDelta(index, pieces.content, reason, tokens, pieces.reasoning, tuple(pieces.calls))
+
+    def _take_in(self, text: str, pieces: Sequence[str]) -> None:
+        if self._reader is None:
+            self._text += text
+            return
+        self._reader.push(text, pieces)
+        if self.record.finish_reason is not None:
+            self._reader.flush(is_cut=self.record.finish_reason == FinishReason.LENGTH.value)
+        self.record.num_reasoning_tokens = self._reader.num_reasoning_tokens
 
     def _finish(self, reason: FinishReason) -> str:
         if reason is FinishReason.ABORT:

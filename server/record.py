@@ -13,6 +13,7 @@ class ChoiceRecord:
 
     def __init__(self, num_spec_tokens: int) -> None:
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish_reason: str | None = None
         self.acceptance_histogram = [0] * (num_spec_tokens + 1)  # rounds by how many of their drafts were accepted
         self.num_draft_tokens = 0
@@ -85,11 +86,16 @@ class RequestRecord:
     num_choices: int  # answers to each prompt
     has_prediction: bool
     choices: list[ChoiceRecord]  # those of the first prompt, then those of the second, ...
+    marks_reasoning: bool = False  # the model says what of its answers is thinking
     arrived_at: float = field(default_factory=time.monotonic)
 
     @property
     def num_completion_tokens(self) -> int:
         return sum(choice.num_tokens for choice in self.choices)
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return sum(choice.num_reasoning_tokens for choice in self.choices)
 
     @property
     def num_cached_tokens(self) -> int:

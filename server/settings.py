@@ -21,6 +21,8 @@ from pydantic_core import ErrorDetails
 
 from engine.config import EngineConfig, Preset, Section
 from engine.errors import ConfigError
+from server import reasoning
+from server.tools import formats as tools
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ class ServerSettings(Section):
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
     engine_hang_seconds: float = Field(30.0, ge=5, le=86_400, allow_inf_nan=False, description="an engine silent for so long is killed")
     unused_fields: Literal["report", "refuse"] = Field("report", description="of requests: named in a header, or a 400")
+    tool_format: tools.FormatName = Field("auto", description="how the model writes calls of functions; auto: as its chat template says")
+    reasoning_format: reasoning.FormatName = Field("auto", description="how the model marks thinking; auto: as its chat template says")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,21 +35,29 @@ class Structure:
     white_space: str | None = SOME_SPACE  # of JSON, as an expression; None for none but ", " and ": "
 
 
-async def grammar_of(structure: Structure) -> str:
-    """The engine's grammar. Raises InvalidRequest with the reason, naming the field.
-
-    Checking takes a millisecond, or a second for something monstrous, so it has a thread, and lets others go on.
-    """
+async def grammar_of_structure(structure: Structure) -> str:
+    """The engine's grammar. Raises InvalidRequest with the reason, naming the field."""
     grammar = _MAKERS[structure.kind](structure)
-    mistake = await asyncio.to_thread(_mistake_in, grammar)
-    if mistake:
+    if mistake := await mistake_in(grammar):
         raise _refused(structure, mistake)
     return grammar
 
 
+async def mistake_in(grammar: str) -> str:
+    """In the library's words; "" for none. Takes a millisecond, or a tenth of a second for something monstrous: so it has a thread."""
+    return await asyncio.to_thread(_mistake_in, grammar)
+
+
+def with_start(grammar: str, name: str) -> str:
+    """The same grammar, whose first rule has another name: to be a part of a larger one. Texts and expressions in it stay as they are."""
+    return _TEXT_OR_START.sub(lambda match: name if match[0] == "start" else match[0], grammar)
+
+
+_TEXT_OR_START = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|\bstart\b')
+
+
 @lru_cache(_NUM_CHECKED)
 def _mistake_in(grammar: str) -> str:
-    """In the library's words; "" for none."""
     return LLMatcher.validate_grammar(grammar)
 
 

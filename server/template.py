@@ -17,8 +17,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import InvalidRequest, SourceError
+from server.tools.describe import as_text
+from server.tools.formats import has_place_for_tools
 
-Message = dict[str, str]  # role and content
+Message = Mapping[str, Any]  # role and content; of the assistant also tool_calls and reasoning_content, of a tool tool_call_id; a name
 
 OWN_VARIABLES = frozenset(
     {"messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template", "tokenize"}
@@ -31,6 +33,7 @@ class Turn:
 
     opens_answer: bool = True  # the text ends where the assistant is to begin
     continues_last: bool = False  # it ends with the last message instead, which is to be written on
+    tools: tuple[Mapping[str, Any], ...] = ()  # functions that the model may call, as OpenAI describes them
     variables: Mapping[str, Any] = field(default_factory=dict)  # further ones, for the template
 
 
@@ -42,7 +45,9 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: dict[str, str] | None = None):
         """`variables` are bos_token and its kin. Raises SourceError for a template that cannot be parsed."""
+        self.source = source
         self._variables = variables or {}
+        self._knows_tools = has_place_for_tools(source)  # otherwise all about them is handed over as text
         self.knows_developer = "developer" in source  # otherwise the role is handed over as "system"
         try:
             self._template = _environment().from_string(source)
@@ -64,6 +69,8 @@ class ChatTemplate:
         """The prompt as text. Raises InvalidRequest if the template refuses the messages."""
         if not turn.continues_last:
             return self._rendered(messages, turn)
+        if "tool_calls" in messages[-1]:
+            raise InvalidRequest("A message that calls functions cannot be continued.", "messages")
         end = f"\ue000{secrets.token_hex(8)}\ue001"  # marks where the last message ends, whatever the template puts behind it
         rendered = self._rendered([*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}], turn)
         if end not in rendered:
@@ -71,6 +78,8 @@ class ChatTemplate:
         return rendered[: rendered.rindex(end)]  # a template may show it twice
 
     def _rendered(self, messages: Sequence[Message], turn: Turn) -> str:
+        if not self._knows_tools:
+            messages = as_text(messages, turn.tools)
         try:
             return self._template.render(
                 **{
@@ -78,7 +87,7 @@ class ChatTemplate:
                     **turn.variables,
                     "messages": [self._with_known_role(message) for message in messages],
                     "add_generation_prompt": turn.opens_answer and not turn.continues_last,
-                    "tools": None,
+                    "tools": list(turn.tools) if turn.tools and self._knows_tools else None,
                     "documents": None,
                 }
             )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -50,6 +51,8 @@ class TextTokenizer:
         """`tokenizer_json` is None for a model without a tokenizer: it takes token ids and answers with their numbers as text."""
         self._tokenizer = _plain(tokenizer_json) if tokenizer_json is not None else None
         self._template = template
+        self._added: dict[str, int] = {}
+        self._special: dict[str, tuple[int, AddedToken]] = {}
         self._token_texts: dict[int, tuple[str, bytes]] = {}
         if self._tokenizer is None or tokenizer_json is None:
             return
@@ -60,6 +63,7 @@ class TextTokenizer:
             self._inner_tokenizer = _reading_literally(json.dumps(inner))
         self._length_bound = _length_bound(spec)
         added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token.content: token_id for token_id, token in added.items()}
         self._special = {token.content: (token_id, token) for token_id, token in added.items() if token.special}
         self.special_ids = frozenset(token_id for token_id, _ in self._special.values())
         self._any_special = _any_of(self._special)
@@ -78,6 +82,11 @@ class TextTokenizer:
             raise
         except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
             raise SourceError(f"The tokenizer in {path} cannot be read: {error}") from error
+
+    @property
+    def template_source(self) -> str | None:
+        """The chat template; None where there is none, or nothing to read it with."""
+        return self._template.source if self._template is not None and self._tokenizer is not None else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -106,23 +115,35 @@ class TextTokenizer:
         """Ids of a conversation under the chat template, up to where the assistant is to speak. Raises TextTooLong as `encode` does."""
         if self._template is None or self._tokenizer is None:
             raise InvalidRequest("This model has no chat template; use /v1/completions.", "messages")
-        texts = [*(message["content"] for message in messages), *texts_in(turn.variables)]
+        texts = (text for value in (*messages, *turn.tools, turn.variables) for text in texts_in(value))
         if not any(map(self._any_special.search, texts)):
             rendered = self._template.render(messages, turn)
             self._check_length(rendered, max_model_len)
             return _ids(self._tokenizer, rendered)
         escape = _Escape(self._any_special)
-        hidden = replace(turn, variables={name: _with_texts(value, escape.hide) for name, value in turn.variables.items()})
-        rendered = self._template.render([{**m, "content": escape.hide(m["content"])} for m in messages], hidden)
+        hidden = replace(
+            turn,
+            tools=tuple(_with_texts(tool, escape.hide) for tool in turn.tools),
+            variables={name: _with_texts(value, escape.hide) for name, value in turn.variables.items()},
+        )
+        rendered = self._template.render([_with_texts(message, escape.hide) for message in messages], hidden)
         revealed = escape.reveal(rendered)
         if escape.is_hidden_in(revealed):
             raise InvalidRequest("The model's chat template changes a text that holds a special token, so it cannot stay text.", "messages")
         self._check_length(revealed, max_model_len)
         return self._encode_around_special(rendered, escape)
 
-    def detokenizer(self) -> Detokenizer | NumberWriter:
-        """A fresh one for one answer."""
-        return NumberWriter() if self._tokenizer is None else Detokenizer(self)
+    def detokenizer(self, literals: Mapping[int, str] = MappingProxyType({})) -> Detokenizer | NumberWriter:
+        """A fresh one for one answer. Special tokens have no text but for `literals`."""
+        return NumberWriter() if self._tokenizer is None else Detokenizer(self, literals)
+
+    def added_ids(self, texts: Iterable[str]) -> dict[str, int]:
+        """Those of the texts that are one token of their own beside the vocabulary, special or not."""
+        return {text: self._added[text] for text in texts if text in self._added}
+
+    def literals_of(self, texts: Iterable[str]) -> dict[int, str]:
+        """Those of the texts that are special tokens, which a detokenizer leaves out."""
+        return {self._special[text][0]: text for text in texts if text in self._special}
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids that stand next to each other, special tokens left out."""

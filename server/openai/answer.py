@@ -29,14 +29,14 @@ class Shape(Protocol):
     object: str
     chunk_object: str
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> schema.Choice:
+    def choice(self, answer: TextDelta) -> schema.Choice:
         """A finished choice."""
 
     def opening(self, index: int) -> schema.Choice | None:
         """What the stream of a choice begins with."""
 
-    def delta(self, delta: TextDelta) -> schema.Choice:
-        """A piece of a choice."""
+    def deltas(self, delta: TextDelta) -> list[schema.Choice]:
+        """A piece of a choice, or some that must come after each other; only the last one may be its end."""
 
     def note_logprobs(self, choice: schema.Choice, tokens: Sequence[Likelihood], offset: int) -> None:
         """Say how likely the tokens of a choice, or of a piece that begins at `offset` in its text, were."""
@@ -94,9 +94,10 @@ class _Envelope:
             self._opened.add(delta.index)
             choices = [opening] if (opening := self.shape.opening(delta.index)) is not None else []
             if echo := self.job.echo_of(delta.index):
-                choices.append(self.shape.delta(TextDelta(delta.index, echo, None)))
-        if delta.text or delta.finish_reason or delta.tokens:
-            choices.append(self.detailed(self.shape.delta(delta), delta.index, delta.tokens, is_piece=True))
+                choices += self.shape.deltas(TextDelta(delta.index, echo, None))
+        if delta.text or delta.finish_reason or delta.tokens or delta.reasoning or delta.calls:
+            *first, last = self.shape.deltas(delta)
+            choices += [*first, self.detailed(last, delta.index, delta.tokens, is_piece=True)]
         kind = schema.ChunkWithUsage if self.job.has_usage_chunk else schema.Chunk
         return [kind(**self._head, object=self.shape.chunk_object, choices=[choice]) for choice in choices]
 
@@ -125,20 +126,29 @@ class _Envelope:
 
 
 async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, Any]:
-    texts = [""] * len(generation.record.choices)
-    tokens: list[list[EmittedToken]] = [[] for _ in texts]
+    parts: list[list[TextDelta]] = [[] for _ in generation.record.choices]
     async with generation:
         async for deltas in generation:
             for delta in deltas:
-                texts[delta.index] += delta.text
-                tokens[delta.index] += delta.tokens
-    record = generation.record
+                parts[delta.index].append(delta)
     shape, job = envelope.shape, envelope.job
+    tokens = [[token for part in answer for token in part.tokens] for answer in parts]
     choices = [
-        envelope.detailed(shape.choice(place, job.echo_of(i) + texts[i], record.choices[i].finish_reason), i, tokens[i])
+        envelope.detailed(shape.choice(_whole(place, job.echo_of(i), parts[i])), i, tokens[i])
         for place, i in enumerate(_shown(job, tokens))
     ]
-    return envelope.completion(choices, record).model_dump()
+    return envelope.completion(choices, generation.record).model_dump()
+
+
+def _whole(index: int, echo: str, parts: Sequence[TextDelta]) -> TextDelta:
+    """All that was delivered of an answer as one piece, under its number among those that are shown."""
+    return TextDelta(
+        index,
+        echo + "".join(part.text for part in parts),
+        parts[-1].finish_reason,
+        reasoning="".join(part.reasoning for part in parts),
+        calls=tuple(call for part in parts for call in part.calls),
+    )
 
 
 def _shown(job: Job, tokens: Sequence[Sequence[EmittedToken]]) -> list[int]:
@@ -172,17 +182,19 @@ def usage_of(record: RequestRecord) -> schema.Usage:
         completion_tokens=record.num_completion_tokens,
         total_tokens=record.num_prompt_tokens + record.num_completion_tokens,
         prompt_tokens_details=schema.PromptTokensDetails(cached_tokens=record.num_cached_tokens),
-        completion_tokens_details=_details_of(record),
+        completion_tokens_details=_completion_details(record),
     )
 
 
-def _details_of(record: RequestRecord) -> schema.CompletionTokensDetails | None:
-    if not record.has_prediction:
+def _completion_details(record: RequestRecord) -> schema.CompletionTokensDetails | None:
+    """None where there is nothing to tell apart."""
+    if not record.marks_reasoning and not record.has_prediction:
         return None
-    return schema.CompletionTokensDetails(
-        accepted_prediction_tokens=sum(choice.num_accepted_prediction_tokens for choice in record.choices),
-        rejected_prediction_tokens=sum(choice.num_rejected_prediction_tokens for choice in record.choices),
-    )
+    details = schema.CompletionTokensDetails(reasoning_tokens=record.num_reasoning_tokens if record.marks_reasoning else None)
+    if record.has_prediction:
+        details.accepted_prediction_tokens = sum(choice.num_accepted_prediction_tokens for choice in record.choices)
+        details.rejected_prediction_tokens = sum(choice.num_rejected_prediction_tokens for choice in record.choices)
+    return details
 
 
 def metrics_of(record: RequestRecord, drafter: str) -> schema.ResponseMetrics:

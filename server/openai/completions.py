@@ -24,14 +24,14 @@ class CompletionShape:
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> schema.TextChoice:
-        return schema.TextChoice(index=index, text=text, finish_reason=finish_reason)
+    def choice(self, answer: TextDelta) -> schema.TextChoice:
+        return schema.TextChoice(index=answer.index, text=answer.text, finish_reason=answer.finish_reason)
 
     def opening(self, index: int) -> None:  # a text begins with its first piece
         return None
 
-    def delta(self, delta: TextDelta) -> schema.TextChoice:
-        return schema.TextChoice(index=delta.index, text=delta.text, finish_reason=delta.finish_reason)
+    def deltas(self, delta: TextDelta) -> list[schema.Choice]:
+        return [self.choice(delta)]
 
     def note_logprobs(self, choice: schema.Choice, tokens: Sequence[Likelihood], offset: int) -> None:
         assert isinstance(choice, schema.TextChoice)

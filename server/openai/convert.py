@@ -24,10 +24,12 @@ from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from server.deps import Serving
 from server.errors import UnknownModel
 from server.generate import Job
-from server.openai.schema import Body, ChatBody, CompletionBody, GenerationBody, Speculation
+from server.openai.conversation import Conversation, conversation_of, reading_of
+from server.openai.held import grammar_of
+from server.openai.schema import ChatBody, CompletionBody, GenerationBody, Speculation
 from server.openai.shape import structure_of
-from server.structure import grammar_of
-from server.template import OWN_VARIABLES, Turn
+from server.openai.values import Body
+from server.structure import grammar_of_structure
 from server.text import LONG_TEXT, texts_in
 
 T = TypeVar("T")
@@ -73,7 +75,12 @@ NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     # in a message
     "messages.audio": (),
     "messages.function_call": (),
-    "messages.tool_calls": ([],),
+}
+
+_INSTEAD = {  # deprecated by OpenAI
+    "functions": "It was replaced by tools.",
+    "function_call": "It was replaced by tool_choice.",
+    "messages.function_call": "It was replaced by messages.tool_calls.",
 }
 
 
@@ -81,17 +88,18 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     """The job of a chat: one prompt, rendered by the model's template."""
     arrived_at = time.monotonic()
     ignored = _ignored(body, serving)
-    structure = structure_of(body)
-    prompt = await _chat_prompt(body, serving)
-    grammar = await grammar_of(structure) if structure is not None else None
-    asked = _Asked([prompt], grammar, await _predicted(body, serving))
-    return _job(body, serving, asked, ignored, arrived_at)
+    conversation = _conversation(body, serving)
+    prompt = await _rendered(conversation, serving)
+    reading = reading_of(conversation, serving, prompt, is_eager=bool(body.stream))
+    grammar = await grammar_of(structure_of(body), conversation, reading, serving)
+    job = _job(body, serving, _Asked([prompt], grammar, await _predicted(body, serving)), ignored, arrived_at)
+    return replace(job, reading=reading)
 
 
 async def chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
     """The prompt of a chat, for whoever wants no answer to it."""
     _ignored(body, serving)  # what would change the prompt and cannot is refused
-    return await _chat_prompt(body, serving)
+    return await _rendered(_conversation(body, serving), serving)
 
 
 async def text_prompt(text: str, serving: Serving, adds_special: bool) -> list[int]:
@@ -99,11 +107,14 @@ async def text_prompt(text: str, serving: Serving, adds_special: bool) -> list[i
     return await _tokenised(lambda: serving.tokenizer.encode(text, serving.info.max_model_len, adds_special), len(text))
 
 
-async def _chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
+def _conversation(body: ChatBody, serving: Serving) -> Conversation:
     _check(body, serving, num_prompts=1)
-    messages = [{"role": message.role, "content": message.content} for message in body.messages]
-    turn = _turn(body)
-    length = sum(len(message["content"]) for message in messages) + sum(map(len, texts_in(turn.variables)))
+    return conversation_of(body, serving.dialect)
+
+
+async def _rendered(conversation: Conversation, serving: Serving) -> list[int]:
+    messages, turn = conversation.messages, conversation.turn
+    length = sum(len(text) for part in conversation.parts for text in texts_in(part))
     return await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
 
 
@@ -116,7 +127,7 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
     prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
     structure = structure_of(body)
-    grammar = await grammar_of(structure) if structure is not None else None
+    grammar = await grammar_of_structure(structure) if structure is not None else None
     job = _job(body, serving, _Asked(prompts, grammar), ignored, arrived_at)
     if not body.echo:
         return job
@@ -249,21 +260,6 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
     )
 
 
-def _turn(body: ChatBody) -> Turn:
-    """How the conversation is to be rendered. Raises InvalidRequest for wishes that exclude each other."""
-    continues, opens = bool(body.continue_final_message), body.add_generation_prompt
-    if continues and opens:
-        raise InvalidRequest("continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message")
-    if continues and body.messages[-1].role != "assistant":
-        raise InvalidRequest(
-            f"Only a message of the assistant can be continued; the last one is the {body.messages[-1].role}'s.", "messages"
-        )
-    variables = body.chat_template_kwargs or {}
-    if taken := sorted(OWN_VARIABLES & variables.keys()):
-        raise InvalidRequest(f"{taken[0]} has a field of its own, or is not implemented.", f"chat_template_kwargs.{taken[0]}")
-    return Turn(opens_answer=opens is not False, continues_last=continues, variables=variables)
-
-
 def _num_logprobs(body: GenerationBody) -> int | None:
     """How many of a position's likeliest tokens to report; None where nothing is asked for."""
     if isinstance(body, CompletionBody):
@@ -310,8 +306,8 @@ def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
     Raises InvalidRequest for one that ought to change something and cannot yet, and for all where the deployment refuses them.
     """
     names = dict.fromkeys(_unused(body))  # a set that keeps the order; names are short, since clients make them up
-    for message in body.messages if isinstance(body, ChatBody) else ():
-        names |= dict.fromkeys(_unused(message, "messages."))
+    for prefix, part in _parts(body) if isinstance(body, ChatBody) else ():
+        names |= dict.fromkeys(_unused(part, prefix))
     if body.stream_options is not None:
         names |= dict.fromkeys(_unused(body.stream_options, "stream_options."))
     if isinstance(body, ChatBody) and body.prediction is not None and serving.info.drafter == "none":
@@ -329,6 +325,18 @@ def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _parts(body: ChatBody) -> Iterator[tuple[str, Body]]:
+    """What a chat holds, with what its fields are called by."""
+    for message in body.messages:
+        yield "messages.", message
+        for call in message.tool_calls or ():
+            yield "messages.tool_calls.", call
+            yield "messages.tool_calls.function.", call.function
+    for tool in body.tools or ():
+        yield "tools.", tool
+        yield "tools.function.", tool.function
+
+
 def _unused(part: Body, prefix: str = "") -> Iterator[str]:
     for key, value in (part.model_extra or {}).items():
         name = prefix + key
@@ -337,7 +345,7 @@ def _unused(part: Body, prefix: str = "") -> Iterator[str]:
         if name not in NOT_IMPLEMENTED:
             yield name[:_LONGEST_NAME]
         elif not any(_is_same(value, neutral) for neutral in NOT_IMPLEMENTED[name]):
-            raise InvalidRequest(f"{name} is not implemented by this endpoint yet. Leave it out.", name)
+            raise InvalidRequest(f"{name} is not implemented by this endpoint. {_INSTEAD.get(name, 'Leave it out.')}", name)
 
 
 def _is_same(value: Any, neutral: Any) -> bool:

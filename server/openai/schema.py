@@ -6,7 +6,7 @@ Fields that are not declared are kept: server/openai/convert.py refuses or repor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,25 +20,14 @@ from pydantic import (
 )
 
 from engine.config import RuleName
+from server.openai.tool_schema import MAX_LEVELS, MAX_TOOLS, CalledTool, Tool, ToolChoice
+from server.openai.values import Body, Text, encodable, walkable
 
 # ---------------------------------------------------------------------- values
 
 
 INT_MAX = 2**31 - 1  # integers are small from here on: Python refuses to write one of thousands of digits, in messages, too
-
-
-MAX_CHARACTERS = 4 << 20  # of one text: more than fit any context that is served
 MAX_MESSAGES = 4096
-
-
-def _encodable(text: str) -> str:
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"must have at most {MAX_CHARACTERS} characters.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("the text holds half of a surrogate pair, which no tokenizer can read") from error
-    return text
 
 
 def _as_list(value: Any) -> Any:
@@ -54,9 +43,9 @@ def _join_parts(content: Any) -> Any:
 
 def _text_of(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text" or not isinstance(part.get("text"), str):
+    if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):
         raise ValueError("this model reads text; each part of a content array must be {'type': 'text', 'text': '...'}")
-    text: str = part["text"]
+    text: str = part[kind]
     return text
 
 
@@ -76,37 +65,21 @@ def _is_list_of(value: Any, kind: type) -> bool:
 def _servable_prompts(prompts: Sequence[Any]) -> Sequence[Any]:
     for prompt in prompts:
         if isinstance(prompt, str):
-            _encodable(prompt)
+            encodable(prompt)
         elif prompt and not (min(prompt) >= 0 and max(prompt) <= INT_MAX):
             raise ValueError(f"a token id is at least 0 and at most {INT_MAX}")
     return prompts
 
 
-def _deeply_walkable(value: Any) -> Any:
-    return _walkable(value, levels=64)
-
-
-def _walkable(value: Any, levels: int = 16) -> Any:
-    """JSON as it is; a text that no tokenizer can read, and what is nested too deeply to walk over, is a mistake."""
-    if isinstance(value, str):
-        return _encodable(value)
-    if isinstance(value, dict | list) and not levels:
-        raise ValueError("it is nested too deeply")
-    for part in [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _walkable(part, levels - 1)
-    return value
-
-
-JsonSchema = Annotated[dict[str, Any] | bool, AfterValidator(_deeply_walkable)]
-Variables = Annotated[dict[str, Any], AfterValidator(_walkable)]
-Text = Annotated[str, AfterValidator(_encodable)]
-Wish = Annotated[str, Field(min_length=1, max_length=2**20), AfterValidator(_encodable)]
-Choices = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=2**16), AfterValidator(_encodable)]], Field(min_length=1, max_length=4096)
-]
-Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(_encodable)]
 _TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": INT_MAX}, "minItems": 1}
 _PROMPTS = {"anyOf": [_TEXT, *({"type": "array", "items": kind, "minItems": 1} for kind in (_TEXT, _IDS["items"], _IDS))]}
+JsonSchema = Annotated[dict[str, Any] | bool, AfterValidator(lambda value: walkable(value, MAX_LEVELS))]
+Variables = Annotated[dict[str, Any], AfterValidator(walkable)]
+Wish = Annotated[str, Field(min_length=1, max_length=2**20), AfterValidator(encodable)]
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=2**16), AfterValidator(encodable)]], Field(min_length=1, max_length=4096)
+]
+Content = Annotated[str, BeforeValidator(_join_parts), AfterValidator(encodable)]
 Prompts = Annotated[
     list[Any], Field(min_length=1), BeforeValidator(_as_prompts), AfterValidator(_servable_prompts), WithJsonSchema(_PROMPTS)
 ]
@@ -118,12 +91,6 @@ LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias
 
 
 # ---------------------------------------------------------------------- requests
-class Body(BaseModel):
-    """Something that a client sent: no type is bent to fit, unknown keys are kept."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
 class StreamOptions(Body):
     include_usage: bool | None = None
 
@@ -208,8 +175,13 @@ class GenerationBody(Body):
 
 
 class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = Field(None, description="may be left out by an assistant that called tools")
+    name: Text | None = None
+    reasoning_content: Text | None = Field(None, description="what the assistant thought; for the chat template")
+    refusal: Text | None = Field(None, description="stands for a content that is not there")
+    tool_calls: list[CalledTool] | None = Field(None, max_length=MAX_TOOLS, description="of the assistant")
+    tool_call_id: Text | None = Field(None, description="which call a tool's message answers")
 
 
 class Prediction(Body):
@@ -231,6 +203,9 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: Variables | None = Field(None, max_length=64, description="further variables for the model's chat template")
     logprobs: bool | None = Field(None, description="true: say of each token how likely the target itself found it")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="and of so many others; wants logprobs")
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS, description="functions that the model may call")
+    tool_choice: ToolChoice | None = Field(None, description="whether it may, or must; none: auto, where there are tools")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call in an answer")
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
 
 
@@ -246,36 +221,40 @@ class CompletionBody(GenerationBody):
 
 
 # ---------------------------------------------------------------------- responses
+class Sparse(BaseModel):
+    """A part of a response of which some fields are there only where they say something."""
+
+    left_out: ClassVar[tuple[str, ...]] = ()  # where they are None
+
+    @model_serializer(mode="wrap")
+    def _if_said(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        for name in self.left_out:
+            if content[name] is None:
+                del content[name]
+        return content
+
+
 class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
-class CompletionTokensDetails(BaseModel):
-    """Those that apply."""
+class CompletionTokensDetails(Sparse):
+    left_out = ("reasoning_tokens", "accepted_prediction_tokens", "rejected_prediction_tokens")
 
+    reasoning_tokens: int | None = Field(None, description="of models that mark their thinking: its tokens, the marks included")
     accepted_prediction_tokens: int | None = Field(None, description="of the prediction, drafted and part of the answer")
-    rejected_prediction_tokens: int | None = Field(
-        None, description="of the prediction, drafted and refused; they cost time and are no output"
-    )
-
-    @model_serializer(mode="wrap")
-    def _if_any(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in serialise(self).items() if value is not None}
+    rejected_prediction_tokens: int | None = Field(None, description="of the prediction, drafted and refused: time, and no output")
 
 
-class Usage(BaseModel):
+class Usage(Sparse):
+    left_out = ("completion_tokens_details",)
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails | None = Field(None, description="only where something in it applies")
-
-    @model_serializer(mode="wrap")
-    def _if_any(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = serialise(self)
-        if self.completion_tokens_details is None:
-            del content["completion_tokens_details"]
-        return content
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class SpeculativeDecoding(BaseModel):
@@ -318,10 +297,25 @@ class ResponseMetrics(BaseModel):
     latency: Latency
 
 
-class AssistantMessage(BaseModel):
+class FunctionCall(BaseModel):
+    name: str
+    arguments: str = Field(description="JSON, as the model wrote it")
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class AssistantMessage(Sparse):
+    left_out = ("reasoning_content", "tool_calls")
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="null where there is none beside thinking or calls")
     refusal: None = None
+    reasoning_content: str | None = Field(None, description="what the model thought, if it marks that")
+    tool_calls: list[ToolCall] | None = None
 
 
 class TokenOrigin(BaseModel):
@@ -359,17 +353,12 @@ class TextLogprobs(BaseModel):
     text_offset: list[int] = Field(description="where the token begins in the answer's text, or would if a stop string were part of it")
 
 
-class Traced(BaseModel):
+class Traced(Sparse):
     """A choice that can say where its tokens come from. The field is there only if it was asked for."""
 
-    provenance: list[TokenOrigin] | None = None
+    left_out = ("provenance",)
 
-    @model_serializer(mode="wrap")
-    def _if_asked(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = serialise(self)
-        if self.provenance is None:
-            del content["provenance"]
-        return content
+    provenance: list[TokenOrigin] | None = None
 
 
 class ChatChoice(Traced):
@@ -381,7 +370,7 @@ class ChatChoice(Traced):
 
 class ChatDeltaChoice(Traced):
     index: int
-    delta: dict[str, str]
+    delta: dict[str, Any]
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None
 

@@ -15,7 +15,8 @@ from engine.errors import InvalidRequest
 from server.deps import Served, Serving
 from server.errors import UnknownModel
 from server.openai.convert import chat_prompt, text_prompt
-from server.openai.schema import INT_MAX, MAX_MESSAGES, Body, ChatBody, ChatMessage, Text, TokenId
+from server.openai.schema import INT_MAX, MAX_MESSAGES, ChatBody, ChatMessage, TokenId
+from server.openai.values import Body, Text
 
 router = APIRouter()  # served with and without /v1
 chat_router = APIRouter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from fastapi import FastAPI
 from openai import AsyncOpenAI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from engine.request import FinishReason
 from server.app import create_app
 from server.settings import Deployment
 from server.text import TextTokenizer
-from tests.fakes import FakeEngine, Script, make_info
+from tests.fakes import FakeEngine, Part, Script, make_info
 
 TEMPLATE = """{%- for message in messages %}
 {%- if message.role == 'system' and not loop.first %}{{ raise_exception('The system message must come first.') }}{% endif %}
@@ -43,15 +44,21 @@ def build_tokenizer(add_bos: bool = False) -> Tokenizer:
     return tokenizer
 
 
+def write_folder(path: Path, template: str, marks: Sequence[str] = ()) -> Path:
+    """A model folder. `marks` are further special tokens."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = {"bos_token": {"content": "<|endoftext|>"}, "eos_token": "<|im_end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    (path / "chat_template.jinja").write_text(template, "utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with tokenizer and chat template."""
-    path = tmp_path_factory.mktemp("tiny")
-    build_tokenizer().save(str(path / "tokenizer.json"))
-    config = {"bos_token": {"content": "<|endoftext|>"}, "eos_token": "<|im_end|>"}
-    (path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    (path / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
-    return path
+    return write_folder(tmp_path_factory.mktemp("tiny"), TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +99,21 @@ class Served:
 
     async def complete(self, prompt: Any = "hello", **body: Any) -> httpx.Response:
         return await self.post("completions", prompt=prompt, **body)
+
+    def say(self, text: str, finish: FinishReason = FinishReason.STOP, size: int = 1) -> None:
+        """Let the engine answer with this text, so many tokens at a time, and with an end token where it is to stop."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids += [2] if finish is FinishReason.STOP else []
+        self.answer_with(parts=[Part(tuple(ids[i : i + size])) for i in range(0, len(ids), size)], finish=finish)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(f"{self.engine.info.target_path}/tokenizer.json")
+
+    def prompt(self) -> str:
+        """What the model was given last."""
+        text: str = self.tokenizer.decode(list(self.engine.requests[-1].prompt_ids), skip_special_tokens=False)
+        return text
 
     def answer_with(self, **script: Any) -> None:
         """Change how the engine answers from now on."""

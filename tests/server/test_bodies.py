@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from server.body import MAX_DEPTH, MAX_KEYS, MAX_VALUES, check_shape
 from server.errors import BodyTooComplex
-from server.openai.schema import MAX_CHARACTERS, MAX_MESSAGES
+from server.openai.schema import MAX_MESSAGES
+from server.openai.values import MAX_CHARACTERS
 from tests.server.conftest import Served, error_of, serve_socket
 
 JSON = {"content-type": "application/json"}

@@ -25,8 +25,23 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
     max_leaves=8,
 )
+CALL = st.fixed_dictionaries({"id": st.sampled_from("ab"), "type": st.just("function"), "function": JSON}) | st.builds(
+    lambda arguments: {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}},
+    JSON | JSON.map(lambda value: body_of(value).decode()),
+)
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]) | JSON, "content": st.text(max_size=20) | JSON}
+    {"role": st.sampled_from(["user", "system", "assistant", "developer", "tool"]) | JSON, "content": st.text(max_size=20) | JSON},
+    optional={"tool_calls": st.lists(CALL, max_size=2), "tool_call_id": st.sampled_from("ab"), "reasoning_content": st.text(max_size=3)},
+)
+TOOL = st.builds(
+    lambda name, schema, strict: {"type": "function", "function": {"name": name, "parameters": schema, "strict": strict}},
+    st.sampled_from("fg"),
+    JSON | st.dictionaries(st.text(max_size=6), JSON, max_size=3),
+    st.booleans(),
+)
+NAMED = {"type": "function", "function": {"name": "f"}}
+CHOICE = st.sampled_from(
+    ["auto", "none", "required", NAMED, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}]
 )
 VALID: dict[str, st.SearchStrategy[Any]] = {
     "model": st.sampled_from(["tiny", "tiny:off"]),
@@ -40,7 +55,9 @@ def body_of(value: Any) -> bytes:
 
 
 OBJECT = st.builds(
-    dict.__or__, st.fixed_dictionaries(VALID), st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=5), JSON, max_size=3)
+    dict.__or__,
+    st.fixed_dictionaries(VALID, optional={"tools": st.lists(TOOL, max_size=2), "tool_choice": CHOICE}),
+    st.dictionaries(st.sampled_from(KNOWN) | st.text(max_size=5), JSON, max_size=3),
 )
 PLAIN = {"model": "tiny", "prompt": "hello", "messages": [{"role": "user", "content": "hello"}]}
 NUMBERED = st.builds(lambda name, value: {**PLAIN, name: value}, st.sampled_from(NUMBERS), HUGE | st.integers(-2, 20))
@@ -61,7 +78,7 @@ PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions"])
 )
 def test_no_request_gets_a_5xx(folder: Path, requests: list[tuple[str, bytes]]) -> None:
     async def send_all() -> None:
-        async with serve(folder) as served:
+        async with serve(folder, max_model_len=2048) as served:
             for path, body in requests:
                 response = await served.http.post(path, content=body, headers={"content-type": "application/json"})
                 check(response)

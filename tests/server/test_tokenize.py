@@ -92,7 +92,7 @@ async def test_a_conversation_is_what_the_chat_would_read(served: Served, fields
         (CHAT, {"messages": USER}, 400, "model"),
         (CHAT, {"model": "other", "messages": USER}, 404, "model"),
         (CHAT, {"model": "tiny", "messages": []}, 400, "messages"),
-        (CHAT, {"model": "tiny", "messages": USER, "grammar": "x"}, 400, "grammar"),
+        (CHAT, {"model": "tiny", "messages": USER, "suffix": "x"}, 400, "suffix"),
     ],
 )
 async def test_mistakes(served: Served, path: str, body: dict[str, Any], status: int, param: str | None) -> None:

@@ -31,7 +31,7 @@ from engine.config import (
 from engine.core import EngineCore
 from engine.model.stack import DecoderStack
 from engine.request import FinishReason, Request, SamplingParams, SpeculationParams, TokenDelta
-from server.structure import Structure, grammar_of
+from server.structure import Structure, grammar_of_structure
 from server.text import TextTokenizer
 from tests.server.conftest import build_tokenizer
 from tests.tiny import tiny_config
@@ -91,7 +91,7 @@ async def requests(rules: tuple[str, ...], tokenizer: TextTokenizer) -> list[Req
             repetition_penalty=1.1 if i % 5 == 0 else 1.0,
             stop_token_ids=(END,),
         )
-        grammar = await grammar_of(Structure("json", schema, "response_format"))
+        grammar = await grammar_of_structure(Structure("json", schema, "response_format"))
         speculation = SpeculationParams(rule=rule, alpha=alphas[rule])
         made.append(Request(id=str(i), prompt_ids=(5, 6, 7 + i), sampling=sampling, speculation=speculation, grammar=grammar))
     return made

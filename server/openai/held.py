@@ -1,0 +1,51 @@
+"""What a chat's answer is held to: the structure that was asked for, calls of its tools, and thinking in front of either."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.errors import InvalidRequest
+from server.deps import Serving
+from server.openai.conversation import Conversation
+from server.reading import Reading
+from server.reasoning import Phase
+from server.structure import Structure, grammar_of_structure, mistake_in, with_start
+from server.tools.formats import ToolFormat, ToolUse
+from server.tools.grammar import behind_thinking, tool_grammar
+
+
+async def grammar_of(structure: Structure | None, conversation: Conversation, reading: Reading | None, serving: Serving) -> str | None:
+    """The engine's grammar; None where any text will do. Raises InvalidRequest for what cannot be held to, naming the field."""
+    shape = await grammar_of_structure(structure) if structure is not None else None
+    calls = await _calls(structure, conversation, reading, serving)
+    may_write = conversation.use is None or conversation.use.mode == "auto"
+    grammar = _either(calls, shape) if calls and shape and may_write else calls or shape
+    if grammar is None or reading is None or reading.reasoning is None or reading.phase not in (Phase.BEFORE, Phase.THINKING):
+        return grammar
+    ids = serving.tokenizer.added_ids((reading.reasoning.opening, reading.reasoning.closing))
+    return behind_thinking(grammar, reading.reasoning, reading.phase is Phase.THINKING, ids)
+
+
+async def _calls(structure: Structure | None, conversation: Conversation, reading: Reading | None, serving: Serving) -> str | None:
+    """The grammar of calls: of answers that call, where there is a structure that others have."""
+    use = conversation.use
+    if use is None or reading is None or reading.tools is None:
+        return None
+    if structure is not None:
+        if structure.kind == "grammar":
+            raise InvalidRequest("A grammar of one's own cannot go with tools, whose calls have another.", structure.param)
+        if use.mode == "auto":
+            use = replace(use, mode="required")
+    grammar = _grammar_of_calls(reading.tools, use, serving)
+    if grammar is not None and (mistake := await mistake_in(grammar)):
+        raise InvalidRequest(f"Calls cannot be held to these tools: {mistake[:500]}", "tools")
+    return grammar
+
+
+def _grammar_of_calls(form: ToolFormat, use: ToolUse, serving: Serving) -> str | None:
+    return tool_grammar(form, use, serving.tokenizer.added_ids(form.marks))
+
+
+def _either(calls: str, shape: str) -> str:
+    """Answers that call, or that have the shape."""
+    return f"start: calls_of_tools | shape_of_text\n{with_start(calls, 'calls_of_tools')}\n{with_start(shape, 'shape_of_text')}"
