@@ -268,7 +268,7 @@ _PLAIN = {  # where pydantic's words are about Python
     "missing": "required.",
     "string_too_short": "must not be empty.",
     "too_short": "must not be empty.",
-    "too_long": "must have at most {max_length} items, not {actual_length}.",
+    "too_long": "must have at most {max_length} items.",
 }
 
 
