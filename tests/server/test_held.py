@@ -48,7 +48,8 @@ async def test_an_answer_calls_or_has_the_structure(calling: Served) -> None:
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "clock"}}])
 async def test_who_must_call_writes_no_structure(calling: Served, choice: Any) -> None:
-    for fields in ({}, NUMBER):
+    wishes: tuple[dict[str, Any], ...] = ({}, NUMBER)
+    for fields in wishes:
         grammar = await held(calling, tools=TOOLS, tool_choice=choice, **fields)
         assert grammar.takes(CALL)
         assert not grammar.takes("42")
@@ -62,7 +63,8 @@ async def test_who_may_not_call_has_the_structure_alone(calling: Served) -> None
 
 
 async def test_thinking_stands_in_front_of_either(thinking: Served) -> None:
-    for fields in (NUMBER, {"tools": TOOLS, **NUMBER}):
+    wishes: tuple[dict[str, Any], ...] = (NUMBER, {"tools": TOOLS, **NUMBER})
+    for fields in wishes:
         grammar = await held(thinking, **fields)
         assert grammar.takes("<think>let me see: 41?</think>\n42")
         assert grammar.takes("42")
