@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from engine.config import RuleName
+from server.record import TokenRole
 
 # ---------------------------------------------------------------------- values
 
@@ -310,6 +311,11 @@ class TokenOrigin(BaseModel):
     text: str = Field(description="what it adds to the text; empty within a character, and for an end token")
     by: Literal["drafter", "target"] = Field(description="drafter: its word stands; target: it was drawn after a rejection, or undrafted")
     lossy: bool = Field(description="the drafter's word stands although exact verification would have rejected it")
+    role: TokenRole = Field(
+        description="accepted: a draft that stands; recovered: drawn where a draft was rejected; bonus: behind drafts that all stand; "
+        "plain: nothing was drafted in front of it"
+    )
+    drafted: int | None = Field(description="how many drafts the round had that ends with this token; null for one that ends none")
 
 
 class TopLogprob(BaseModel):
