@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.client import EngineClient
 from engine.errors import EngineDead
 from engine.stats import EngineInfo
-from server import errors, ops
+from server import errors, ops, page
 from server.deps import BearerAuth, BodyLimit, Serving
 from server.drain import Draining
 from server.metrics import Metrics
-from server.openai import chat, completions, models
+from server.openai import cascade, chat, completions, models
 from server.settings import Deployment
 from server.text import TextTokenizer
 
@@ -56,9 +56,11 @@ def create_app(
     app.state.metrics = Metrics(deployment.model.name)
     app.state.draining = Draining(deployment.server.drain_seconds)
     app.state.serving = None  # until the model is loaded
-    for router in (chat.router, completions.router, models.router):
+    for router in (chat.router, completions.router, models.router, cascade.router):
         app.include_router(router, prefix="/v1")
     app.include_router(ops.router)
+    if deployment.server.page:
+        app.include_router(page.router)
     errors.install(app, app.state.metrics.refused)
     app.add_middleware(BodyLimit, limit=deployment.server.max_body_bytes, refused=app.state.metrics.refused)
     app.add_middleware(BearerAuth, keys=deployment.server.api_keys, refused=app.state.metrics.refused)

@@ -41,6 +41,7 @@ class ServerSettings(Section):
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
     engine_hang_seconds: float = Field(30.0, ge=5, le=86_400, allow_inf_nan=False, description="an engine silent for so long is killed")
     unused_fields: Literal["report", "refuse"] = Field("report", description="of requests: named in a header, or a 400")
+    page: bool = Field(True, description="serve the page at /")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
