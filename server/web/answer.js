@@ -18,7 +18,7 @@ export class Answer {
     this.text = new TokenText(inspector);
     this.side = side;
     this.state = "waiting"; // then streaming, and at last done, stopped or failed
-    const title = el("h3", {}, side ? `${side}: ${summary}` : summary);
+    const title = el("h2", {}, side ? `${side}: ${summary}` : summary);
     this.element = el("article", { class: "answer", data: { side, state: this.state } }, title, this.text.element, this.#foot, this.#buttons);
   }
 

@@ -15,8 +15,7 @@ export class Controls {
     this.side = side;
     this.element = el("fieldset", { class: "controls" }, el("legend", {}, side ? `Side ${side}` : "Settings"));
     this.#build();
-    this.#parts.model.value = modelId;
-    this.#presetChanged();
+    this.#choose(modelId);
   }
 
   get modelId() {
@@ -46,11 +45,38 @@ export class Controls {
     return `${this.modelId} · ${judged} · temperature ${temperature.value}`;
   }
 
-  /** The name of the first setting that cannot be sent, having shown what is wrong with it; "" if all can. */
-  mistake() {
-    const wrong = this.element.querySelector(":invalid:not(fieldset)");
-    wrong?.reportValidity();
-    return wrong ? wrong.dataset.name : "";
+  /** Whether all settings can be sent; says what is wrong with the first that cannot. */
+  check() {
+    return this.element.querySelector(":invalid")?.reportValidity() ?? true;
+  }
+
+  get isValid() {
+    return this.element.querySelector(":invalid") === null;
+  }
+
+  /** Takes over what another side is set to, as far as the server still knows it. */
+  adopt(other) {
+    const { rule } = this.#parts;
+    this.#choose(other.modelId);
+    if (this.#said.rules.some(({ name }) => name === other.#parts.rule.value)) rule.value = other.#parts.rule.value;
+    this.#ruleChanged();
+    for (const name of ["enabled", "alpha", "draft", "temperature", "seed", "maxTokens"]) this.#take(name, other.#parts[name]);
+    this.#touched = new Set(other.#touched);
+    this.#showEnabled();
+  }
+
+  #choose(modelId) {
+    const { models, model } = this.#said;
+    this.#parts.model.value = models.some(({ id }) => id === modelId) ? modelId : model;
+    this.#presetChanged();
+  }
+
+  #take(name, from) {
+    const part = this.#parts[name];
+    part.value = from.value;
+    part.checked = from.checked;
+    if (part.type === "range") this.#follow(part);
+    if (name === "alpha") this.#followAlpha();
   }
 
   #build() {
@@ -65,7 +91,7 @@ export class Controls {
     parts.draft = this.#range("Drafts at a time, at most", { min: 0, max: most, step: 1 }, () => this.#touch("draft"));
     parts.temperature = this.#range("Temperature", { min: 0, max: 2, step: 0.05, value: 0 });
     parts.seed = this.#number("Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, placeholder: "random" });
-    parts.maxTokens = this.#number("Tokens, at most", { min: 1, max: this.#said.context_length, step: 1, value: 256, placeholder: "as many as fit" });
+    parts.maxTokens = this.#number("Max tokens", { min: 1, max: this.#said.context_length, step: 1, value: 256, placeholder: "as many as fit" });
   }
 
   #buildAlpha() {

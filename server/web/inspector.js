@@ -5,14 +5,17 @@ import { KINDS } from "./tokens.js";
 
 const percent = (logprob) => {
   const share = 100 * Math.exp(logprob);
-  return `${share >= 0.1 || share === 0 ? share.toFixed(1) : share.toPrecision(1)} %`;
+  return share < 0.05 ? "< 0.1 %" : `${share.toFixed(1)} %`;
 };
 const visible = (text) => text.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
 export class Inspector {
+  #span = null;
+
   constructor(element) {
     this.element = element;
-    addEventListener("scroll", () => this.hide(), { capture: true, passive: true });
+    addEventListener("scroll", () => this.#follow(), { capture: true, passive: true });
+    addEventListener("pointerdown", (event) => event.target.closest?.(".text") || this.hide());
   }
 
   /** Shows a token beside its span. Returns the same as a sentence. */
@@ -26,6 +29,7 @@ export class Inspector {
     lines.push(token.likelihood ? table(token) : el("p", { class: "hint" }, "“Probabilities” in the settings shows how likely it was, from the next answer on."));
     this.element.replaceChildren(...lines);
     this.element.hidden = false;
+    this.#span = span;
     this.#place(span);
     const chance = token.likelihood ? `, ${percent(token.likelihood.logprob)}` : "";
     return `${visible(token.text)}: ${KINDS[token.kind].name}${chance}`;
@@ -33,6 +37,10 @@ export class Inspector {
 
   hide() {
     this.element.hidden = true;
+  }
+
+  #follow() {
+    if (!this.element.hidden) this.#place(this.#span);
   }
 
   #place(span) {
@@ -47,7 +55,7 @@ export class Inspector {
 
 function roundOf(token) {
   if (!token.drafted) return "";
-  return `It ended a round of ${token.drafted} ${token.drafted === 1 ? "draft" : "drafts"}; token ${token.token_id}.`;
+  return `It ended a round of ${token.drafted} ${token.drafted === 1 ? "draft" : "drafts"}.`;
 }
 
 function table(token) {
@@ -63,13 +71,14 @@ function table(token) {
 }
 
 function rowOf(row, isEmitted) {
-  const bar = el("meter", { min: 0, max: 1, value: Math.exp(row.logprob), "aria-hidden": "true" });
+  const bar = el("div", { class: "bar" });
+  bar.style.width = `${100 * Math.exp(row.logprob)}%`;
   return el(
     "tr",
     { class: isEmitted ? "emitted" : "" },
     el("th", { scope: "row" }, el("code", {}, visible(row.token) || "(no text)")),
     el("td", {}, percent(row.logprob)),
-    el("td", {}, bar),
+    el("td", { class: "chart", "aria-hidden": "true" }, bar),
   );
 }
 

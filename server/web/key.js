@@ -41,10 +41,10 @@ export function installKeyDialog(changed) {
     changed();
   };
   byId("key").addEventListener("click", () => askForKey());
-  byId("key-save").addEventListener("click", () => use(byId("key-input").value.trim()));
   byId("key-forget").addEventListener("click", () => use(""));
   byId("key-cancel").addEventListener("click", () => dialog.close());
-  byId("key-input").addEventListener("keydown", (event) => {
-    if (event.key === "Enter") use(byId("key-input").value.trim());
+  byId("key-form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    use(byId("key-input").value.trim());
   });
 }

@@ -39,10 +39,13 @@ async function connect() {
 
 // ---------------------------------------------------------------------- settings
 function build(isComparing) {
-  const first = controls[0]?.modelId ?? said.model;
+  const before = controls;
+  const first = before[0]?.modelId ?? said.model;
   const sides = isComparing ? [["A", first], ["B", other(first)]] : [["", first]];
   controls = sides.map(([side, modelId]) => new Controls(said, side, modelId));
+  before.slice(0, controls.length).forEach((settings, i) => controls[i].adopt(settings));
   strips = sides.map(([side]) => new Strip(side));
+  removeAgain();
   byId("sides").replaceChildren(...controls.map(({ element }) => element));
   byId("strips").replaceChildren(...strips.map(({ element }) => element));
   byId("compare").setAttribute("aria-pressed", String(isComparing));
@@ -52,7 +55,7 @@ function build(isComparing) {
 /** A model id that answers in another way than `modelId`. */
 function other(modelId) {
   const key = ({ enabled, rule, alpha, max_draft: most }) => [enabled, rule, alpha, most].join();
-  const mine = said.models.find(({ id }) => id === modelId);
+  const mine = said.models.find(({ id }) => id === modelId) ?? said.models[0];
   return (said.models.find((model) => key(model) !== key(mine)) ?? mine).id;
 }
 
@@ -63,16 +66,25 @@ function bodyOf(settings, messages) {
 
 // ---------------------------------------------------------------------- asking
 async function ask(prompt) {
-  if (running || !said || controls.some((settings) => settings.mistake())) return;
+  if (running || !said || !check()) return;
   byId("welcome").hidden = true;
+  removeAgain();
   const isPair = controls.length > 1;
   const messages = [...(isPair ? [] : history), { role: "user", content: prompt }];
   const answers = controls.map((settings) => new Answer({ inspector, side: settings.side, summary: settings.summary() }));
-  const turn = el("section", { class: isPair ? "turn pair" : "turn", "aria-label": "Question and answer" });
+  const turn = el("div", { class: isPair ? "turn pair" : "turn" });
   turn.append(el("p", { class: "asked" }, prompt), ...answers.map(({ element }) => element));
   byId("talk").append(turn);
   scrollDown();
   await whileRunning(() => (isPair ? runPair(answers, messages, turn) : runOne(answers[0], messages, turn)));
+}
+
+/** Whether everything can be sent; shows the settings where something cannot. */
+function check() {
+  if (controls.every(({ isValid }) => isValid)) return true;
+  showPanel(true);
+  controls.find(({ isValid }) => !isValid).check();
+  return false;
 }
 
 async function whileRunning(work) {
@@ -91,18 +103,26 @@ async function whileRunning(work) {
 }
 
 async function runOne(answer, messages, turn) {
-  for (const button of document.querySelectorAll(".again")) button.remove();
   await answer.run(bodyOf(controls[0], messages), running.signal, shower(strips[0]));
+  if (!turn.isConnected) return ""; // a new chat was begun meanwhile
   history = answer.content ? [...messages, { role: "assistant", content: answer.content }] : messages.slice(0, -1);
-  answer.addButton("Regenerate", () => again(messages, turn)).classList.add("again");
+  offerAgain(answer, messages, turn);
   return ended(answer);
 }
 
-function again(messages, turn) {
-  if (running || controls.length > 1) return;
-  turn.remove();
-  history = messages.slice(0, -1);
-  ask(messages.at(-1).content);
+/** A button at the latest answer that asks once more, with what is set then. */
+function offerAgain(answer, messages, turn) {
+  const button = answer.addButton("Regenerate", () => {
+    if (running || !check()) return;
+    turn.remove();
+    if (controls.length === 1) history = messages.slice(0, -1);
+    ask(messages.at(-1).content);
+  });
+  button.classList.add("again");
+}
+
+function removeAgain() {
+  for (const button of document.querySelectorAll(".again")) button.remove();
 }
 
 async function runPair(answers, messages, turn) {
@@ -118,6 +138,7 @@ async function runPair(answers, messages, turn) {
   else for (const i of [0, 1]) if (!signal.aborted) await run(i); // one by one, so that neither slows the other
   const isWhole = answers.every(({ state }) => state === "done");
   verdict.textContent = markParting(answers[0].text, answers[1].text, isWhole);
+  offerAgain(answers[1], messages, turn);
   return `${answers.map(ended).join(" ")} ${verdict.textContent}`;
 }
 
@@ -138,7 +159,7 @@ const scrollDown = () => byId("talk").scrollTo({ top: byId("talk").scrollHeight 
 function submit(event) {
   event.preventDefault();
   const prompt = byId("prompt").value.trim();
-  if (!prompt || running || !said) return;
+  if (!prompt || running || !said || !check()) return;
   byId("prompt").value = "";
   ask(prompt);
 }
@@ -172,6 +193,7 @@ byId("panel-toggle").addEventListener("click", () => showPanel(!document.body.cl
 byId("panel-close").addEventListener("click", () => showPanel(false));
 addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  inspector.hide();
   if (document.body.classList.contains("panel-open")) showPanel(false);
   else running?.abort();
 });
