@@ -178,7 +178,7 @@ export class Controls {
 
   #field(label, input, extra = null) {
     input.dataset.name = label;
-    if (this.side) input.setAttribute("aria-label", this.#named(label));
+    input.setAttribute("aria-label", this.#named(label)); // a label around it would be named by its options and outputs, too
     this.element.append(el("label", { class: "row" }, el("span", {}, label), extra, input));
     return input;
   }
