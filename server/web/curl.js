@@ -8,7 +8,7 @@ const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 /** The request as one would type it in a shell. A key is not in it: the shell has it in a variable. */
 export function curlOf(body, hasKey) {
   const lines = [`curl -N ${quoted(addressOf("chat/completions"))}`, "-H 'Content-Type: application/json'"];
-  if (hasKey) lines.push('-H "Authorization: Bearer $CASCADE_API_KEY"');
+  if (hasKey) lines.push('-H "Authorization: Bearer $OPENAI_API_KEY"');
   lines.push(`-d ${quoted(JSON.stringify(body, null, 2))}`);
   return lines.join(" \\\n  ");
 }

@@ -219,7 +219,7 @@ async def test_the_command_that_is_copied_does_the_same(site: Site) -> None:
     command: str = await site.page.evaluate("navigator.clipboard.readText()")
     assert "secret" not in command
     process = await asyncio.create_subprocess_exec(
-        "bash", "-c", f"{command} --silent", env={"CASCADE_API_KEY": "secret", "PATH": "/usr/bin:/bin"}, stdout=asyncio.subprocess.PIPE
+        "bash", "-c", f"{command} --silent", env={"OPENAI_API_KEY": "secret", "PATH": "/usr/bin:/bin"}, stdout=asyncio.subprocess.PIPE
     )
     output, _ = await asyncio.wait_for(process.communicate(), 20)
     assert output.endswith(b"data: [DONE]\n\n")
