@@ -1,4 +1,4 @@
-"""A headless Chromium on the page of an app over a fake engine. Skipped where there is no Chromium; what it complains about is a failure."""
+"""A headless Chromium on the page of an app over a fake engine. Skipped where there is none; what it complains about is a failure."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ class Site:
     async def figures(self, row: int = 0) -> dict[str, str]:
         """What the strip says."""
         strip = self.page.locator(".strip").nth(row)
-        return {name: await strip.locator(f"[data-figure={name}]").inner_text() for name in ("acceptance", "perCall", "perSecond", "firstToken")}
+        return {
+            name: await strip.locator(f"[data-figure={name}]").inner_text() for name in ("acceptance", "perCall", "perSecond", "firstToken")
+        }
 
     def check(self) -> None:
         unforeseen = [text for text in self._complaints if not self.expected or self.expected not in text]

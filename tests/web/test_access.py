@@ -85,7 +85,9 @@ async def test_focus_is_visible(site: Site) -> None:
     await site.page.keyboard.press("Tab")
     for _ in range(12):
         await site.page.keyboard.press("Tab")
-        outline = await site.page.evaluate("(() => { const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth]; })()")
+        outline = await site.page.evaluate(
+            "(() => { const s = getComputedStyle(document.activeElement); return [s.outlineStyle, s.outlineWidth]; })()"
+        )
         assert outline == ["solid", "2px"], await site.page.evaluate("document.activeElement.outerHTML")
 
 

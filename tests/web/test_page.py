@@ -1,4 +1,4 @@
-"""One conversation on the page: what is shown of an answer, that it can be stopped and asked again, and what happens when things go wrong."""
+"""One conversation on the page: what is shown of an answer, that it can be stopped and asked again, and what happens to errors."""
 
 from __future__ import annotations
 
