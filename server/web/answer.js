@@ -81,7 +81,7 @@ export class Answer {
   #close(body, usage, tally) {
     const parts = { stopped: ["Stopped."], failed: [], done: [this.#reason === "length" ? "Cut at the limit of tokens." : "Complete."] }[this.state];
     if (tally.tokens) parts.push(`${tally.tokens} tokens.`);
-    if (usage) parts.push(`Prompt: ${usage.prompt_tokens} tokens, ${usage.prompt_tokens_details.cached_tokens} of them known before.`);
+    if (usage) parts.push(`Prompt: ${usage.prompt_tokens} tokens, ${usage.prompt_tokens_details.cached_tokens} of them cached.`);
     this.#foot.textContent = parts.join(" ");
     const named = (what) => (this.side ? `${what} of ${this.side}` : what);
     this.addButton("Copy text", () => copy(this.#content, "Text")).setAttribute("aria-label", named("Copy text"));
