@@ -20,14 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.client import EngineClient
 from engine.errors import EngineDead
 from engine.stats import EngineInfo
-from server import errors, logs, ops
+from server import errors, logs, ops, page
 from server.body import BodyBounds, BodyLimit
 from server.deps import Serving
 from server.dialect import dialect_of
 from server.drain import Draining
 from server.keys import BearerAuth, digests_of
 from server.metrics import Metrics
-from server.openai import chat, completions, models, tokenize
+from server.openai import cascade, chat, completions, models, tokenize
 from server.settings import Deployment, ServerSettings
 from server.text import TextTokenizer
 
@@ -63,10 +63,12 @@ def create_app(
     app.state.metrics = Metrics(deployment.model.name)
     app.state.draining = Draining(deployment.server.drain_seconds)
     app.state.serving = None  # until the model is loaded
-    for router in (chat.router, tokenize.chat_router, completions.router, models.router, tokenize.router):
+    for router in (chat.router, tokenize.chat_router, completions.router, models.router, tokenize.router, cascade.router):
         app.include_router(router, prefix="/v1", responses=errors.DOCUMENTED)
     app.include_router(tokenize.router, responses=errors.DOCUMENTED)
     app.include_router(ops.router, responses={status: errors.DOCUMENTED[status] for status in (400, 401, 405, 408, 413)})
+    if deployment.server.page:
+        app.include_router(page.router)
     _guard(app, deployment.server)
     return app
 

@@ -6,10 +6,11 @@ Exit codes: 0 done, 2 the deployment or the command line is wrong (one line on s
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from getpass import getpass
 from importlib.metadata import version
 from pathlib import Path
@@ -106,6 +107,26 @@ def hash_key() -> None:
     if not key:
         raise typer.BadParameter("standard input holds no key")
     print(f"{DIGEST}{digest_of(key).hex()}")  # noqa: T201
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(metavar="URL", help="A server of this kind.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(metavar="ID", help="Model id or name of a preset. Default: the deployment's own.")] = None,
+    api_key_env: Annotated[str, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")] = "OPENAI_API_KEY",
+    debug: Debug = False,
+) -> None:
+    """Talk to a running server; each token has the colour of who wrote it. /help lists what can be set.
+
+    Ctrl-C stops an answer, and ends the conversation where none is running. Where standard input is no terminal, each line of it is a
+    prompt, and the answers alone are printed.
+    """
+    from server.terminal.chat import Terminal, run
+    from server.terminal.client import Client
+    from server.terminal.session import start
+
+    with one_line_errors(debug), closing(Client(url, os.environ.get(api_key_env))) as client:
+        run(client, start(client.controls(), model), Terminal.standard())
 
 
 # Its options are declared beside what they mean, in benchmarks/serve.py, which reads everything that is left unread here.

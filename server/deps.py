@@ -41,7 +41,7 @@ class Serving:
     def fingerprint(self) -> str:
         """What an answer depends on apart from the request: version, pair, dtype, device; readable, and fit for a header."""
         info, model = self.info, self.deployment.model
-        pair = "+".join(_last_part(name) + _held(part) for name, part in ((info.target, model.target), (info.drafter, model.drafter)))
+        pair = "+".join(last_part(name) + _held(part) for name, part in ((info.target, model.target), (info.drafter, model.drafter)))
         return re.sub(r"[^\w.+:-]", "_", f"cascade-{self.version}-{pair}-{info.dtype}-{info.device}", flags=re.ASCII)
 
 
@@ -51,7 +51,7 @@ def _held(part: object) -> str:
     return ("" if quantization == "none" else f"-{quantization}") + (f"-copying{copying.doubt:g}" if copying else "")
 
 
-def _last_part(source: str) -> str:
+def last_part(source: str) -> str:
     """Of a path, a hub id or a package's file."""
     return re.split(r"[/\\]", source)[-1]
 

@@ -20,7 +20,7 @@ from server.deps import Serving
 from server.detokenize import StopScanner, StopStrings
 from server.errors import RequestTimeout
 from server.reading import CallPiece, Reading
-from server.record import ChoiceRecord, RequestRecord
+from server.record import UNDRAFTED, ChoiceRecord, RequestRecord, TokenRole, role_of
 from server.text import TextTokenizer
 
 _log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ class EmittedToken:
     text: str  # what it adds to the text; nothing in the middle of a character, and for an end token
     is_drafted: bool  # the drafter's word stands; else target or rule drew it
     is_lossy: bool  # it stands, and exact verification would have rejected it
+    role: TokenRole  # in its round
+    num_draft: int | None  # drafts of the round that it ends; None if it ends none
     is_hidden: bool  # it ended the answer and is no part of it
     logprobs: TokenLogprobs | None  # if the job wants them
 
@@ -277,14 +279,16 @@ class _Answer:
 
 def _tokens(delta: TokenDelta, pieces: Sequence[str], has_hidden_end: bool) -> list[EmittedToken]:
     """Those that are kept, one for each piece of text."""
-    lossy = delta.round.lossy_mask if delta.round is not None else 0
+    drafts = delta.round or UNDRAFTED
     last = len(delta.token_ids) - 1
     return [
         EmittedToken(
             token_id=token_id,
             text=piece,
             is_drafted=bool(delta.drafted_mask >> i & 1),
-            is_lossy=bool(lossy >> i & 1),
+            is_lossy=bool(drafts.lossy_mask >> i & 1),
+            role=role_of(drafts, i),
+            num_draft=drafts.num_draft if i >= drafts.num_accepted else None,
             is_hidden=has_hidden_end and i == last,
             logprobs=delta.logprobs[i] if delta.logprobs else None,
         )

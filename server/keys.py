@@ -18,6 +18,7 @@ from server.errors import InvalidKey, Refused, refuse
 from server.settings import DIGEST, ServerSettings, fit_key
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/"})  # what probes ask, and the page, in which a key can be given
+OPEN_FOLDER = "/web/"  # what the page loads
 
 
 def digests_of(settings: ServerSettings) -> tuple[bytes, ...]:
@@ -67,7 +68,7 @@ class BearerAuth:
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._digests and scope["path"] not in OPEN_PATHS and not self._is_known(Headers(scope=scope)):
+        if scope["type"] == "http" and self._digests and not _is_open(scope["path"]) and not self._is_known(Headers(scope=scope)):
             await refuse(InvalidKey(), self._refused)(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -77,3 +78,7 @@ class BearerAuth:
         digest = _sha256(key.strip().encode("latin-1"))
         matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: the time must not say which
         return scheme.lower() == "bearer" and any(matches)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.request import Round, TokenDelta
+
+TokenRole = Literal["accepted", "recovered", "bonus", "plain"]
+UNDRAFTED = Round(num_draft=0, num_accepted=0)
 
 
 class ChoiceRecord:
@@ -132,3 +136,12 @@ def received_part(delta: TokenDelta, num_kept: int) -> Round | None:
 def num_verified(drafts: Round) -> int:
     """Drafts that were judged: the accepted ones, and the first that was rejected."""
     return min(drafts.num_draft, drafts.num_accepted + 1)
+
+
+def role_of(drafts: Round, i: int) -> TokenRole:
+    """Of the i-th token of a round: drafts that stand come first, and one that was drawn ends it."""
+    if i < drafts.num_accepted:
+        return "accepted"
+    if not drafts.num_draft:
+        return "plain"
+    return "bonus" if drafts.num_accepted == drafts.num_draft else "recovered"

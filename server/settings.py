@@ -79,6 +79,7 @@ class ServerSettings(Section):
     unused_fields: Literal["report", "refuse"] = Field("report", description="of requests: named in a header, or a 400")
     tool_format: tools.FormatName = Field("auto", description="how the model writes calls of functions; auto: as its chat template says")
     reasoning_format: reasoning.FormatName = Field("auto", description="how the model marks thinking; auto: as its chat template says")
+    page: bool = Field(True, description="serve the page at /")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

@@ -104,10 +104,7 @@ class _Envelope:
     def detailed(self, choice: schema.Choice, index: int, tokens: Sequence[EmittedToken], is_piece: bool = False) -> schema.Choice:
         """With who wrote its tokens and how likely they were, as far as that was asked for."""
         if self.job.wants_provenance:
-            choice.provenance = [
-                schema.TokenOrigin(token_id=t.token_id, text=t.text, by="drafter" if t.is_drafted else "target", lossy=t.is_lossy)
-                for t in tokens
-            ]
+            choice.provenance = [_origin(token) for token in tokens]
         if self.job.shows_logprobs:
             shown = [token for token in tokens if not token.is_hidden]
             if shown or not is_piece:
@@ -123,6 +120,17 @@ class _Envelope:
     def usage_chunk(self, record: RequestRecord) -> schema.UsageChunk:
         usage, metrics = usage_of(record), metrics_of(record, self._drafter)
         return schema.UsageChunk(**self._head, object=self.shape.chunk_object, choices=[], usage=usage, metrics=metrics)
+
+
+def _origin(token: EmittedToken) -> schema.TokenOrigin:
+    return schema.TokenOrigin(
+        token_id=token.token_id,
+        text=token.text,
+        by="drafter" if token.is_drafted else "target",
+        lossy=token.is_lossy,
+        role=token.role,
+        drafted=token.num_draft,
+    )
 
 
 async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from pydantic import (
 from engine.config import RuleName
 from server.openai.tool_schema import MAX_LEVELS, MAX_TOOLS, CalledTool, Tool, ToolChoice
 from server.openai.values import Body, Text, encodable, walkable
+from server.record import TokenRole
 
 # ---------------------------------------------------------------------- values
 
@@ -325,6 +326,11 @@ class TokenOrigin(BaseModel):
     text: str = Field(description="what it adds to the text; empty within a character, and for an end token")
     by: Literal["drafter", "target"] = Field(description="drafter: its word stands; target: it was drawn after a rejection, or undrafted")
     lossy: bool = Field(description="the drafter's word stands although exact verification would have rejected it")
+    role: TokenRole = Field(
+        description="accepted: a draft that stands; recovered: drawn where a draft was rejected; bonus: behind drafts that all stand; "
+        "plain: nothing was drafted in front of it"
+    )
+    drafted: int | None = Field(description="how many drafts the round had that ends with this token; null for one that ends none")
 
 
 class TopLogprob(BaseModel):
