@@ -16,7 +16,7 @@ from benchmarks.turns import Sides, compare, in_turns
 from engine.model.runner import ModelRunner
 from engine.plan import DraftBatch, RowBatch, StepPlan
 from engine.request import Request, SamplingParams
-from server.structure import Structure, grammar_of_structure
+from server.structure import Checker, Structure, grammar_of_structure
 
 _FILE, _OLD, _NEW = Path(engine.sched.scheduler.__file__), "_leaders", "_ahead"  # 300 lines in which a name is changed
 _TASK = "Write the scheduler of an inference engine, with its waiting and running sequences, in Python."
@@ -84,7 +84,8 @@ def schema(setting: Setting) -> Measured:
     """Tokens a second of one stream that is held to a schema over those of the same prompts without."""
     program = engine_program(setting.engine(EXACT))
     encoder, prompts, num_tokens = PromptEncoder(program.info.target_path), built_in(setting.size(10, 2)), setting.size(128, 12)
-    grammar = asyncio.run(grammar_of_structure(Structure("json", _CARD, "schema")))
+    checker = Checker(Path(program.info.target_path), program.info.end_token_ids)
+    grammar = asyncio.run(grammar_of_structure(Structure("json", _CARD, "schema"), checker))
 
     def asked(ids: tuple[int, ...], grammar: str | None) -> Run:
         sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, stop_token_ids=program.info.end_token_ids)

@@ -154,7 +154,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     block_size = config.engine.block_size
     require_memory(memory.bytes_per_token * memory.num_blocks * block_size, target.stack.device)
     vocabulary = extras.vocabulary or Vocabulary.from_folder(target.path, target.end_token_ids)
-    automata = Automata(vocabulary)
+    automata = Automata(vocabulary, vocab_size)
     distributions = Distributions((*STANDARD, GrammarMasks(automata), *extras.processors))
     foresight = First((Forced(automata.next), Prediction()))
     policy = make_policy(config, extras.costs)

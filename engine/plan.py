@@ -10,6 +10,7 @@ Tensors live on the engine's device; lists and tuples on the host.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -62,6 +63,9 @@ class StepPlan:
         )
 
 
+CERTAIN = math.inf  # confidence of a foreseen draft: nobody doubts it, and nothing is learnt from what becomes of it
+
+
 class QKind(enum.IntEnum):
     """What is known about the drafter's distribution at a position."""
 
@@ -95,7 +99,8 @@ class DraftBatch:
     drafter_computed: tuple[int, ...]  # [C] the drafter's watermark, drafts included
     lagging: tuple[bool, ...]  # [C] a row is due and the drafter has not caught up: emit nothing yet
     num_calls: tuple[int, ...]  # [C] passes of the drafter that the chunk took part in
-    confidences: tuple[tuple[float, ...], ...] = ()  # [B] of each draft's row, its largest raw probability; empty if nobody reads it
+    # [B] of each draft's row, its largest raw probability; CERTAIN for a draft that has none; empty if nobody reads it
+    confidences: tuple[tuple[float, ...], ...] = ()
     num_passes: int = 0  # of the drafter in this step
     num_rows: int = 0  # tokens that these ran
     predicted_masks: tuple[int, ...] = ()  # [B] bit i: draft i comes from the request's prediction; empty where none does

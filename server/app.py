@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,6 +30,7 @@ from server.keys import BearerAuth, digests_of
 from server.metrics import Metrics
 from server.openai import cascade, chat, completions, models, tokenize
 from server.settings import Deployment, ServerSettings
+from server.structure import Checker
 from server.text import TextTokenizer
 
 TokenizerLoader = Callable[[str], TextTokenizer]
@@ -138,6 +140,7 @@ async def _load(app: FastAPI) -> EngineInfo:
         metrics=app.state.metrics,
         draining=app.state.draining,
         started_at=int(time.time()),
+        grammars=Checker(Path(info.target_path), info.end_token_ids),
         dialect=dialect_of(tokenizer.template_source, settings.tool_format, settings.reasoning_format),
     )
     engine.on_step(app.state.metrics.observe_step)

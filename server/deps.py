@@ -15,6 +15,7 @@ from server.drain import Draining
 from server.errors import NotLoaded, ShuttingDown
 from server.metrics import Metrics
 from server.settings import Deployment
+from server.structure import Checker
 from server.text import TextTokenizer
 
 
@@ -29,6 +30,7 @@ class Serving:
     metrics: Metrics
     draining: Draining
     started_at: int  # Unix time
+    grammars: Checker
     dialect: Dialect
     unused_fields: set[str] = field(default_factory=set)  # names that were logged
 

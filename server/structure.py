@@ -1,7 +1,7 @@
 """What an answer must be, as a grammar for the engine: JSON of a schema, one of some texts, a match of an expression, a text of a grammar.
 
 Every grammar is a text in llguidance's dialect of Lark whose first rule is `start`. It is checked here, so that whoever asks for what
-cannot be held to is told before anything runs. Knows no tokens: the engine reads the grammar over its model's own.
+cannot be held to is told before anything runs.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from llguidance import LLMatcher, grammar_from
 
 from engine.errors import InvalidRequest
+from engine.grammar.automaton import Vocabulary
 
 # A model that is unsure goes on with white space for ever where a schema allows any amount of it. So much indents five levels deep.
 SOME_SPACE = r"[ \n\r\t]{0,20}"
@@ -35,17 +37,29 @@ class Structure:
     white_space: str | None = SOME_SPACE  # of JSON, as an expression; None for none but ", " and ": "
 
 
-async def grammar_of_structure(structure: Structure) -> str:
+class Checker:
+    """Says of grammars whether answers of a model can be held to them, over the model's own tokens."""
+
+    def __init__(self, folder: Path, end_token_ids: tuple[int, ...]):
+        """`folder` holds the model's tokenizer. It is read when the first grammar comes."""
+        self._vocabulary = cache(lambda: Vocabulary.from_folder(folder, end_token_ids))
+        self._checked = lru_cache(_NUM_CHECKED)(self._check)
+
+    async def mistake_in(self, grammar: str) -> str:
+        """In the library's words; "" for none. Takes a millisecond, or a second for something monstrous: so it has a thread."""
+        return await asyncio.to_thread(self._checked, grammar)
+
+    def _check(self, grammar: str) -> str:
+        vocabulary = self._vocabulary()
+        return "this model's tokens cannot be read" if vocabulary is None else vocabulary.mistake_in(grammar)
+
+
+async def grammar_of_structure(structure: Structure, checker: Checker) -> str:
     """The engine's grammar. Raises InvalidRequest with the reason, naming the field."""
     grammar = _MAKERS[structure.kind](structure)
-    if mistake := await mistake_in(grammar):
+    if mistake := await checker.mistake_in(grammar):
         raise _refused(structure, mistake)
     return grammar
-
-
-async def mistake_in(grammar: str) -> str:
-    """In the library's words; "" for none. Takes a millisecond, or a tenth of a second for something monstrous: so it has a thread."""
-    return await asyncio.to_thread(_mistake_in, grammar)
 
 
 def with_start(grammar: str, name: str) -> str:
@@ -54,11 +68,6 @@ def with_start(grammar: str, name: str) -> str:
 
 
 _TEXT_OR_START = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|\bstart\b')
-
-
-@lru_cache(_NUM_CHECKED)
-def _mistake_in(grammar: str) -> str:
-    return LLMatcher.validate_grammar(grammar)
 
 
 def _json(structure: Structure) -> str:
@@ -87,7 +96,7 @@ def _choice(structure: Structure) -> str:
 def _grammar(structure: Structure) -> str:
     try:
         return grammar_from("grammar", structure.value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refused(structure, str(error)) from error
 
 

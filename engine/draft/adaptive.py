@@ -28,7 +28,7 @@ from operator import mul
 from engine.draft.calibration import Calibration
 from engine.draft.costs import PassCosts
 from engine.draft.length import FixedLength, share_budget
-from engine.plan import Drafting, StepTiming
+from engine.plan import CERTAIN, Drafting, StepTiming
 from engine.sequence import Sequence
 
 _PRIOR_RATE = 0.7  # of a draft in front of which all stood, before anything is known
@@ -170,8 +170,10 @@ class AdaptiveLength(FixedLength):
         if num_draft:
             self._calibration(seq).observe(confidences[:num_draft], num_accepted)
             history = self._history(seq)
-            history.rates.observe(num_draft, num_accepted, _MEMORY)
             history.patience = _PROBES[0] if num_accepted else min(_PROBES[1], 2 * history.patience)
+            if CERTAIN in confidences:  # how often a client's prediction stands says nothing of the drafter
+                return
+            history.rates.observe(num_draft, num_accepted, _MEMORY)
             self._of_all().observe(num_draft, num_accepted, _SHARED_MEMORY)
 
     def observe_step(self, timing: StepTiming) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence as ListLike
 from math import prod
 
 from engine.draft.length import FixedLength
-from engine.plan import Drafting
+from engine.plan import CERTAIN, Drafting
 from engine.sequence import Sequence
 
 _MIN_SAMPLES = 20
@@ -43,13 +43,15 @@ class ConfidenceLength(FixedLength):
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         for i in range(min(num_draft, num_accepted + 1, len(confidences))):
+            if confidences[i] == CERTAIN:
+                continue
             self._samples.append((self._score(confidences[: i + 1]), i < num_accepted))
         self._num_rounds += 1
         if self._num_rounds % _EVERY == 0 and len(self._samples) >= _MIN_SAMPLES:
             self.threshold = best_threshold(self._samples, self.threshold)
 
     def _score(self, confidences: ListLike[float]) -> float:
-        return prod(confidences) if self._is_cumulative else confidences[-1]
+        return prod(min(1.0, confidence) for confidence in confidences) if self._is_cumulative else confidences[-1]
 
 
 def best_threshold(samples: ListLike[tuple[float, bool]], otherwise: float) -> float:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 from engine.plan import Foreseen
 from engine.sequence import Sequence
@@ -30,19 +32,24 @@ class _Place:
     is_lost: bool = False
 
 
+@lru_cache(8)
+def _places(ids: tuple[int, ...]) -> Mapping[tuple[int, ...], list[int]]:
+    """Where something follows each run of a few tokens. The choices of a request share it."""
+    places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for n in (*_LENGTHS, 1):
+        for end in range(n, len(ids)):
+            places[ids[end - n : end]].append(end)
+    return places
+
+
 @dataclass(slots=True)
 class _Reading:
     """A prediction, and how far an answer has been read along it."""
 
     ids: tuple[int, ...]
-    places: dict[tuple[int, ...], list[int]] = field(default_factory=lambda: defaultdict(list))  # what follows a run of tokens
+    places: Mapping[tuple[int, ...], list[int]]
     num_read: int = 0
     place: _Place = _Place()
-
-    def __post_init__(self) -> None:
-        for n in (*_LENGTHS, 1):
-            for end in range(n, len(self.ids)):
-                self.places[self.ids[end - n : end]].append(end)
 
     def behind(self, place: _Place, text: ListLike[int]) -> _Place:
         """From `place`, which is that in front of the last token of `text`, to that behind it."""
@@ -71,7 +78,7 @@ class Prediction:
     def next(self, seq: Sequence, drafts: ListLike[int]) -> Foreseen | None:
         reading = self._readings.get(seq)
         if reading is None:
-            reading = self._readings[seq] = _Reading(seq.request.prediction_ids)
+            reading = self._readings[seq] = _Reading(seq.request.prediction_ids, _places(seq.request.prediction_ids))
         first, longest = len(seq.request.prompt_ids), _LENGTHS[0]
         for end in range(first + reading.num_read + 1, len(seq.tokens) + 1):
             reading.place = reading.behind(reading.place, seq.tokens[max(first, end - longest) : end])

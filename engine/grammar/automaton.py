@@ -6,21 +6,36 @@ A grammar is a text in llguidance's own form; the server makes it out of JSON sc
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-import numpy as np
-from llguidance import LLMatcher, LLTokenizer
-from numpy.typing import NDArray
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.sequence import Sequence
 
-Mask = NDArray[np.bool_]  # [tokens]: what may come next
+T = TypeVar("T")
+Mask = bytes  # a bit a token, the lowest first: what may come next
+_log = logging.getLogger(__name__)
 
-_NUM_COMPILED = 64  # grammars that are kept for the next request that has them
+LONGEST = 128 << 10  # characters of a grammar: what takes the parser longer than a tenth of a second is longer, or fails at its first token
+_STACK = 256 << 20  # bytes: the parser follows references by recursion, and a grammar of that length can have 14,000 in a row
+_NUM_COMPILED = 32  # grammars that are kept for the next request that has them
+# A tenth of a second for a step and some 20 MB for a grammar, where the library's own would be seconds, and five times as much.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=50_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
 
 
 class Vocabulary:
@@ -33,11 +48,48 @@ class Vocabulary:
 
     @classmethod
     def from_folder(cls, folder: Path, end_token_ids: tuple[int, ...]) -> Vocabulary | None:
-        """Of the tokenizer.json in a model's folder; None without one, or where no token ends an answer."""
+        """Of the tokenizer.json in a model's folder; None without one, or without an end, or where the library cannot read it."""
         path = folder / "tokenizer.json"
-        if not path.is_file() or not end_token_ids:
+        if not path.is_file():
             return None
-        return cls(LLTokenizer(path.read_text("utf-8"), eos_token=list(end_token_ids)), end_token_ids)
+        try:
+            text = path.read_text("utf-8")
+            ends = tuple(token for token in end_token_ids if token < LLTokenizer(text).vocab_size)  # configs name tokens that are not there
+            return cls(LLTokenizer(text, eos_token=list(ends)), ends) if ends else None
+        except ValueError as error:
+            _log.warning("Answers of this model cannot be held to a grammar: %s", str(error).partition("\n")[0])
+            return None
+
+    def matcher(self, grammar: str) -> LLMatcher:
+        """At the beginning of a text. What is wrong with the grammar is an error of the matcher."""
+        return _with_deep_stack(lambda: LLMatcher(self.tokenizer, grammar, log_level=0, limits=_LIMITS))
+
+    def mistake_in(self, grammar: str) -> str:
+        """Why answers cannot be held to a grammar, in the library's words; "" where they can.
+
+        Looks as far as the first token, and whether it can be taken back. Takes a millisecond, at worst a second; other threads go on.
+        """
+        if len(grammar) > LONGEST:
+            return f"it has {len(grammar)} characters, and may have {LONGEST}"
+        matcher = self.matcher(grammar)
+        if not matcher.is_error():
+            token = next(_set_bits(matcher.compute_bitmask()), None)
+            if token is not None and matcher.try_consume_tokens([token]):
+                matcher.rollback(1)
+        return matcher.get_error().partition("\n<")[0]
+
+
+def _with_deep_stack(work: Callable[[], T]) -> T:
+    """The result of `work`, done in a thread that has room for recursion: one that runs out of it ends the process."""
+    results: list[T] = []
+    before = threading.stack_size(_STACK)
+    try:
+        thread = threading.Thread(target=lambda: results.append(work()), name="grammar")
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    return results[0]
 
 
 @dataclass(slots=True)
@@ -49,17 +101,19 @@ class _Run:
     path: list[int] = field(default_factory=list)  # then these: committed ones, and drafts that may still be rejected
     masks: dict[int, Mask] = field(default_factory=dict)  # by the number of tokens in front
     is_broken: bool = False
+    num_renewed: int = 0  # 1 + tokens of the answer at the last new beginning: one that brought nothing is the last
 
 
 class Automata:
     """The place of every sequence in its grammar. A place follows from tokens and drafts alone, so nobody reports what became of drafts:
     the next question tells."""
 
-    def __init__(self, vocabulary: Vocabulary | None):
-        """Without a vocabulary no request may have a grammar; Admission sees to that."""
+    def __init__(self, vocabulary: Vocabulary | None, vocab_size: int):
+        """Without a vocabulary no request may have a grammar; Admission sees to that. `vocab_size`: tokens that can be drawn."""
         self._vocabulary = vocabulary
+        self._vocab_size = vocab_size
         self._runs: WeakKeyDictionary[Sequence, _Run] = WeakKeyDictionary()
-        self._compiled = lru_cache(_NUM_COMPILED)(self._compile)
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the newest last
 
     def mask(self, seq: Sequence, drafts: ListLike[int]) -> Mask | None:
         """What may follow the sequence and these drafts; None where there is no grammar or no telling, since a draft cannot stand."""
@@ -68,10 +122,10 @@ class Automata:
             return None
         place = run.num_settled + len(run.path)
         if place not in run.masks:
-            run.masks[place] = self._read(run.matcher, seq)
-        if run.matcher.is_error():
-            run.is_broken = True
-            return None
+            mask = self._read(run.matcher, seq)
+            if run.matcher.is_error() or next(_set_bits(mask), self._vocab_size) >= self._vocab_size:
+                return self.mask(seq, drafts) if self._renew(run, seq) else None
+            run.masks[place] = mask
         return run.masks[place]
 
     def next(self, seq: Sequence, drafts: ListLike[int]) -> int | None:
@@ -80,7 +134,7 @@ class Automata:
         if run is None or run.matcher.is_accepting():
             return None
         forced = run.matcher.compute_ff_tokens()
-        return forced[0] if forced else None
+        return forced[0] if forced and forced[0] < self._vocab_size else None
 
     def is_broken(self, seq: Sequence) -> bool:
         """Whether the grammar of a sequence got too complex to follow. Its answer cannot go on."""
@@ -93,47 +147,84 @@ class Automata:
             return None
         run = self._runs.get(seq)
         if run is None:
-            run = self._runs[seq] = _Run(self._compiled(seq.request.grammar).deep_copy())
-            run.is_broken = run.matcher.is_error()
-        num_answered = len(seq.tokens) - len(seq.request.prompt_ids)
-        goal = [*seq.tokens[len(seq.request.prompt_ids) + run.num_settled :], *drafts]
-        is_there = not run.is_broken and _move(run, goal, seq.request.sampling.stop_token_ids)
-        if not is_there and len(run.path) < num_answered - run.num_settled:
-            run.is_broken = True  # not even what was emitted can be read
-        _settle(run, num_answered)
+            run = self._runs[seq] = _Run(self._copy(seq.request.grammar))
+        if run.is_broken:
+            return None
+        is_there = _moved(run, seq, drafts)
+        if run.matcher.is_error() or _is_behind(run, seq):  # not even what was emitted can be read
+            if not self._renew(run, seq):
+                return None
+            is_there = _moved(run, seq, drafts)
+        _settle(run, seq)
         return run if is_there else None
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _renew(self, run: _Run, seq: Sequence) -> bool:
+        """Begin anew with the parser, which others may have worn out: copies share states, and these are limited. False if that does not
+        help: the run is broken then."""
         assert self._vocabulary is not None
-        return LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0)
+        assert seq.request.grammar is not None
+        answer = seq.tokens[len(seq.request.prompt_ids) :]
+        self._compiled.pop(seq.request.grammar, None)
+        run.matcher = self._copy(seq.request.grammar)
+        run.num_settled, run.path, run.masks = len(answer), [], {}
+        run.is_broken = run.num_renewed >= len(answer) + 1 or run.matcher.try_consume_tokens(answer) < len(answer) or run.matcher.is_error()
+        run.num_renewed = len(answer) + 1
+        return not run.is_broken
+
+    def _copy(self, grammar: str) -> LLMatcher:
+        assert self._vocabulary is not None
+        if grammar not in self._compiled:
+            self._compiled[grammar] = self._vocabulary.matcher(grammar)
+            if len(self._compiled) > _NUM_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return self._compiled[grammar].deep_copy()
 
     def _read(self, matcher: LLMatcher, seq: Sequence) -> Mask:
         """The mask at a place. Where an end may come, whatever ends this request's answers may."""
         assert self._vocabulary is not None
-        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(bits, bitorder="little").view(np.bool_)
-        if mask[list(self._vocabulary.end_token_ids)].any():
-            mask[[token for token in seq.request.sampling.stop_token_ids if token < len(mask)]] = True
-        return mask
+        mask = matcher.compute_bitmask()
+        if not any(_has(mask, token) for token in self._vocabulary.end_token_ids):
+            return mask
+        bits = bytearray(mask)
+        for token in seq.request.sampling.stop_token_ids:
+            if token < 8 * len(bits):
+                bits[token // 8] |= 1 << token % 8
+        return bytes(bits)
 
 
-def _move(run: _Run, goal: list[int], stops: ListLike[int]) -> bool:
-    """Go back to where the path leaves the goal, and on to its end. False where a token of it cannot be read, or ends the answer."""
+def _has(mask: Mask, token: int) -> bool:
+    return bool(mask[token // 8] >> token % 8 & 1)
+
+
+def _set_bits(mask: Mask) -> Iterator[int]:
+    """The tokens of a mask, from the lowest."""
+    return (8 * i + bit for i, byte in enumerate(mask) if byte for bit in range(8) if byte >> bit & 1)
+
+
+def _is_behind(run: _Run, seq: Sequence) -> bool:
+    """Whether something that was emitted has not been read."""
+    return run.num_settled + len(run.path) < len(seq.tokens) - len(seq.request.prompt_ids)
+
+
+def _moved(run: _Run, seq: Sequence, drafts: ListLike[int]) -> bool:
+    """Go back to where the path leaves text and drafts, and on to their end. False where a token cannot be read, or ends the answer."""
+    goal = [*seq.tokens[len(seq.request.prompt_ids) + run.num_settled :], *drafts]
     num_same = next((i for i, (a, b) in enumerate(zip(run.path, goal, strict=False)) if a != b), min(len(run.path), len(goal)))
     if excess := len(run.path) - num_same:
         run.matcher.rollback(excess)
         del run.path[num_same:]
         run.masks = {place: mask for place, mask in run.masks.items() if place <= run.num_settled + num_same}
     for token in goal[num_same:]:
-        if token in stops or not run.matcher.try_consume_tokens([token]):
+        if token in seq.request.sampling.stop_token_ids or not run.matcher.try_consume_tokens([token]):
             return False
         run.path.append(token)
     return True
 
 
-def _settle(run: _Run, num_answered: int) -> None:
+def _settle(run: _Run, seq: Sequence) -> None:
     """Forget how emitted tokens were reached."""
-    num_new = min(num_answered - run.num_settled, len(run.path))
+    num_new = min(len(seq.tokens) - len(seq.request.prompt_ids) - run.num_settled, len(run.path))
     if num_new > 0:
         del run.path[:num_new]
         run.num_settled += num_new

@@ -31,7 +31,8 @@ class GrammarMasks:
         if not known:
             return logits
         at, width = [row for row, _ in known], logits.shape[-1]
-        packed = torch.from_numpy(np.stack([mask[:width] for _, mask in known]))
+        bits = np.stack([np.frombuffer(mask, dtype=np.uint8) for _, mask in known])
+        packed = torch.from_numpy(np.unpackbits(bits, axis=-1, count=min(width, 8 * bits.shape[-1]), bitorder="little")).bool()
         allowed = torch.zeros(len(known), width, dtype=torch.bool)  # a model may have more tokens than its tokenizer knows
         allowed[:, : packed.shape[-1]] = packed
         masked = logits[at].masked_fill(~allowed.to(logits.device), -torch.inf)

@@ -38,6 +38,13 @@ class Admission:
         if request.grammar is not None:
             self._check_grammar(sampling)
         self._check_ids(request.prediction_ids, "prediction")
+        if len(request.prediction_ids) > info.max_model_len:
+            raise InvalidRequest(
+                f"The prediction has {len(request.prediction_ids)} tokens; no answer of this model has more than {info.max_model_len}.",
+                "prediction",
+            )
+        if any(token < 0 for token in sampling.stop_token_ids):
+            raise InvalidRequest("A token id is at least 0.", "stop_token_ids")
         if not -MAX_PRIORITY - 1 <= request.priority <= MAX_PRIORITY:
             raise InvalidRequest(f"priority is {request.priority} and must have 32 bits.", "priority")
         if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:

@@ -74,7 +74,7 @@ class Verifier:
         return token, is_drafted
 
     def _judge(self, window: Window, pi: Mixture, num_accepted: Tensor) -> tuple[Tensor, Tensor]:
-        """[R] deferred (verified, and not in A) and lossy-kept (stands, and the same coin would have rejected it under exact)."""
+        """[R] deferred (verified, the drafter's own, not in A) and lossy-kept (stands, where the same coin rejects it under exact)."""
         stands = window.offsets < num_accepted[window.owner]
         is_verified = window.is_draft & (window.offsets <= num_accepted[window.owner])
         everywhere = torch.arange(len(window.kinds), device=window.device)
@@ -87,7 +87,7 @@ class Verifier:
             lossy[dense] = window.uniforms(Purpose.ACCEPT, dense) * window.q_at(dense, x) >= window.p_at(dense, x)
         if blind:
             lossy[blind] = draw(window.p.probs[blind], window.uniforms(Purpose.RECOVER, blind)) != window.drafted[blind]
-        return is_verified & ~kept, stands & lossy
+        return is_verified & ~kept & ~window.is_given, stands & lossy
 
 
 def _to_host(window: Window, num_accepted: Tensor, token: Tensor, is_drafted: Tensor, deferred: Tensor, lossy: Tensor) -> Verdict:

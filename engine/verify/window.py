@@ -43,6 +43,10 @@ class Window:
         return torch.tensor([j < self.drafts.lengths[b] for b, j in self.index], device=self.device)
 
     @cached_property
+    def is_given(self) -> Tensor:  # [R]
+        return torch.tensor([kind is QKind.GIVEN for kind in self.kinds], device=self.device)
+
+    @cached_property
     def has_dense_bonus(self) -> bool:
         return any(self.kinds[row] is QKind.DENSE and j == self.drafts.lengths[b] for row, (b, j) in enumerate(self.index))
 

@@ -127,7 +127,7 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
     prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
     structure = structure_of(body)
-    grammar = await grammar_of_structure(structure) if structure is not None else None
+    grammar = await grammar_of_structure(structure, serving.grammars) if structure is not None else None
     job = _job(body, serving, _Asked(prompts, grammar), ignored, arrived_at)
     if not body.echo:
         return job

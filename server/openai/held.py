@@ -9,14 +9,14 @@ from server.deps import Serving
 from server.openai.conversation import Conversation
 from server.reading import Reading
 from server.reasoning import Phase
-from server.structure import Structure, grammar_of_structure, mistake_in, with_start
+from server.structure import Structure, grammar_of_structure, with_start
 from server.tools.formats import ToolFormat, ToolUse
 from server.tools.grammar import behind_thinking, tool_grammar
 
 
 async def grammar_of(structure: Structure | None, conversation: Conversation, reading: Reading | None, serving: Serving) -> str | None:
     """The engine's grammar; None where any text will do. Raises InvalidRequest for what cannot be held to, naming the field."""
-    shape = await grammar_of_structure(structure) if structure is not None else None
+    shape = await grammar_of_structure(structure, serving.grammars) if structure is not None else None
     calls = await _calls(structure, conversation, reading, serving)
     may_write = conversation.use is None or conversation.use.mode == "auto"
     grammar = _either(calls, shape) if calls and shape and may_write else calls or shape
@@ -37,7 +37,7 @@ async def _calls(structure: Structure | None, conversation: Conversation, readin
         if use.mode == "auto":
             use = replace(use, mode="required")
     grammar = _grammar_of_calls(reading.tools, use, serving)
-    if grammar is not None and (mistake := await mistake_in(grammar)):
+    if grammar is not None and (mistake := await serving.grammars.mistake_in(grammar)):
         raise InvalidRequest(f"Calls cannot be held to these tools: {mistake[:500]}", "tools")
     return grammar
 

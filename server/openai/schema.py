@@ -76,7 +76,7 @@ _TEXT, _IDS = {"type": "string"}, {"type": "array", "items": {"type": "integer",
 _PROMPTS = {"anyOf": [_TEXT, *({"type": "array", "items": kind, "minItems": 1} for kind in (_TEXT, _IDS["items"], _IDS))]}
 JsonSchema = Annotated[dict[str, Any] | bool, AfterValidator(lambda value: walkable(value, MAX_LEVELS))]
 Variables = Annotated[dict[str, Any], AfterValidator(walkable)]
-Wish = Annotated[str, Field(min_length=1, max_length=2**20), AfterValidator(encodable)]
+Wish = Annotated[str, Field(min_length=1, max_length=2**17), AfterValidator(encodable)]
 Choices = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=2**16), AfterValidator(encodable)]], Field(min_length=1, max_length=4096)
 ]
@@ -168,7 +168,7 @@ class GenerationBody(Body):
     guided_whitespace_pattern: Wish | None = None
     json_schema: JsonSchema | Wish | None = None
     regex: Wish | None = None
-    grammar: Text | None = Field(None, max_length=2**20)
+    grammar: Text | None = Field(None, max_length=2**17)
     ebnf: Wish | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

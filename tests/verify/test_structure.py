@@ -31,7 +31,7 @@ from engine.config import (
 from engine.core import EngineCore
 from engine.model.stack import DecoderStack
 from engine.request import FinishReason, Request, SamplingParams, SpeculationParams, TokenDelta
-from server.structure import Structure, grammar_of_structure
+from server.structure import Checker, Structure, grammar_of_structure
 from server.text import TextTokenizer
 from tests.server.conftest import build_tokenizer
 from tests.tiny import tiny_config
@@ -75,8 +75,9 @@ def make_core(drafter: str, folder: Path) -> EngineCore:
     return assemble(config, Member(DecoderStack(model), CONTEXT, folder, (END,)), second, Extras(costs=_DRAFTS_PAY))
 
 
-async def requests(rules: tuple[str, ...], tokenizer: TextTokenizer) -> list[Request]:
+async def requests(rules: tuple[str, ...], folder: Path) -> list[Request]:
     """Every schema, by rules and temperatures in turn. Signs that end something are likelier, or random models never do."""
+    tokenizer, checker = TextTokenizer.from_folder(folder), Checker(folder, (END,))
     closing = {token: 4.0 for sign in '"]},:' for token in tokenizer.encode(sign)} | {END: 9.0}
     alphas = dict(RULES)
     made = []
@@ -91,7 +92,7 @@ async def requests(rules: tuple[str, ...], tokenizer: TextTokenizer) -> list[Req
             repetition_penalty=1.1 if i % 5 == 0 else 1.0,
             stop_token_ids=(END,),
         )
-        grammar = await grammar_of_structure(Structure("json", schema, "response_format"))
+        grammar = await grammar_of_structure(Structure("json", schema, "response_format"), checker)
         speculation = SpeculationParams(rule=rule, alpha=alphas[rule])
         made.append(Request(id=str(i), prompt_ids=(5, 6, 7 + i), sampling=sampling, speculation=speculation, grammar=grammar))
     return made
@@ -104,7 +105,7 @@ async def test_every_document_that_ends_is_valid(drafter: str, folder: Path) -> 
     answers: dict[str, list[int]] = {}
     ends: dict[str, FinishReason] = {}
     num_drafted = num_accepted = 0
-    for request in await requests(core.info.rules, tokenizer):
+    for request in await requests(core.info.rules, folder):
         core.add(request)
     while core.has_work:
         for delta in core.step().deltas:
