@@ -22,6 +22,7 @@ from server.deps import BearerAuth, BodyLimit, Serving
 from server.drain import Draining
 from server.metrics import Metrics
 from server.openai import chat, completions, models
+from server.rootpath import RootPath
 from server.settings import Deployment
 from server.text import TextTokenizer
 
@@ -48,6 +49,7 @@ def create_app(
         strict_content_type=False,
         docs_url=None,  # FastAPI's pages load scripts from another server
         redoc_url=None,
+        servers=[{"url": deployment.server.root_path}] if deployment.server.root_path else None,
     )
     app.state.engine = engine
     app.state.deployment = deployment
@@ -62,7 +64,9 @@ def create_app(
     errors.install(app, app.state.metrics.refused)
     app.add_middleware(BodyLimit, limit=deployment.server.max_body_bytes, refused=app.state.metrics.refused)
     app.add_middleware(BearerAuth, keys=deployment.server.api_keys, refused=app.state.metrics.refused)
-    app.add_middleware(RequestId)  # the outermost: refusals have an id, too
+    app.add_middleware(RequestId)  # around the others: refusals have an id, too
+    if deployment.server.root_path:
+        app.add_middleware(RootPath, prefix=deployment.server.root_path)
     return app
 
 

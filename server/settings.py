@@ -7,15 +7,17 @@ nothing else, so that a file says what is computed. Nothing is looked up here: w
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ByteSize, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from engine.config import EngineConfig, Preset, Section
@@ -27,6 +29,27 @@ S = TypeVar("S", bound=Section)
 
 ENV_PREFIX = "CASCADE_"
 OTHER_VARIABLES = frozenset({"CASCADE_CACHE_DIR"})  # read by the engine's loader
+LISTS = frozenset({"api_keys", "trusted_proxies"})  # in variables their values are separated by commas
+OWN_PATHS = frozenset({"v1", "health", "ready", "metrics", "version", "openapi.json", "tokenize", "detokenize"})  # how routes begin
+
+
+def fit_root_path(path: str) -> str:
+    """A path that can stand before those of the routes and never be taken for one of them. Raises ValueError."""
+    if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
+        raise ValueError("a path begins with a slash, ends without one and needs no escapes, such as /llm; leave it empty for none")
+    if path and path.split("/")[1] in OWN_PATHS:
+        raise ValueError("this server's own paths begin like that; choose another")
+    return path
+
+
+def fit_proxy(proxy: str) -> str:
+    """An address, a network, or '*' for everybody. Raises ValueError."""
+    if proxy != "*":
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError as error:
+            raise ValueError(f"must be an address such as 10.0.0.7, a network such as 10.0.0.0/8, or '*' ({error})") from error
+    return proxy
 
 
 class ServerSettings(Section):
@@ -41,6 +64,12 @@ class ServerSettings(Section):
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
     engine_hang_seconds: float = Field(30.0, ge=5, le=86_400, allow_inf_nan=False, description="an engine silent for so long is killed")
     unused_fields: Literal["report", "refuse"] = Field("report", description="of requests: named in a header, or a 400")
+    root_path: Annotated[str, AfterValidator(fit_root_path)] = Field("", description="path under which a proxy shows this server")
+    trusted_proxies: tuple[Annotated[str, AfterValidator(fit_proxy)], ...] = Field(
+        (), description="addresses whose X-Forwarded-For and -Proto are believed; none: nobody's"
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file with the certificate and those above it; none: plain HTTP")
+    tls_key: Path | None = Field(None, description="PEM file with its key")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
@@ -55,6 +84,9 @@ class Deployment(EngineConfig):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"model.aliases: {name!r} - is used twice; name and aliases must all differ")
+        if (self.server.tls_certificate is None) != (self.server.tls_key is None):
+            missing = "tls_key" if self.server.tls_key is None else "tls_certificate"
+            raise ValueError(f"server.{missing} - is required: tls_certificate and tls_key go together")
         longest = self.speculation.draft_length.max
         for name, preset in self.speculation.presets.items():
             if preset.max_draft is not None and preset.max_draft > longest:
@@ -155,15 +187,18 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ob
             logger.warning("The environment variable %s is not known and changes nothing%s", variable, hint)
             continue
         if text:
-            found[key] = (variable, _api_keys(variable, text) if key == "api_keys" else text)
+            found[key] = (variable, _several(variable, text) if key in LISTS else text)
     return found
 
 
-def _api_keys(variable: str, text: str) -> list[str]:
-    keys = [part.strip() for part in text.split(",") if part.strip()]
-    if not keys:
-        raise ConfigError(f"{variable}: (hidden) - holds no key; leave it empty to have those of the file")
-    return keys
+def _several(variable: str, text: str) -> list[str]:
+    """The values in a list separated by commas. Only commas would set an empty list, which for keys opens the server: refused."""
+    values = [part.strip() for part in text.split(",") if part.strip()]
+    if not values:
+        raise ConfigError(
+            f"{variable}: (hidden) - holds no {'key' if 'KEY' in variable else 'value'}; leave it empty to have those of the file"
+        )
+    return values
 
 
 # ---------------------------------------------------------------------- explaining
