@@ -23,6 +23,6 @@ class RootPath:
         elif scope["path"] == self._prefix:  # relative links of the page at / would lead out of the prefix
             await RedirectResponse(f"{self._prefix}/")(scope, receive, send)
         elif scope["path"].startswith(f"{self._prefix}/"):
-            await self._app(scope | {"path": scope["path"].removeprefix(self._prefix)}, receive, send)
+            await self._app({**scope, "path": scope["path"].removeprefix(self._prefix)}, receive, send)
         else:
             await self._app(scope, receive, send)

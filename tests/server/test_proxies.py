@@ -105,7 +105,7 @@ def make_certificate(folder: Path, name: str = "server", *more: str) -> tuple[Pa
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
     options = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2", "-subj", "/CN=localhost"]
     names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    command = ["openssl", "req", *options, *names, *(more or ("-nodes",)), "-out", certificate, "-keyout", key]
+    command = ["openssl", "req", *options, *names, *(more or ("-nodes",)), "-out", str(certificate), "-keyout", str(key)]
     subprocess.run(command, check=True, capture_output=True)
     return certificate, key
 

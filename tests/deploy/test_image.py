@@ -1,0 +1,193 @@
+"""The Dockerfile: that it lints, that everything it copies exists and is not left out, and that its versions are those of the project.
+
+The steps themselves take minutes and some GB: CASCADE_TEST_IMAGE=/usr/bin/python3.11 has them carried out, by deploy/rehearse.py.
+"""
+
+from __future__ import annotations
+
+import http.server
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+
+
+def module(name: str) -> ModuleType:
+    """A program in deploy/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "deploy" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+rehearse = module("rehearse")
+healthcheck = module("healthcheck")
+STEPS = rehearse.instructions_of((ROOT / "Dockerfile").read_text("utf-8"))
+
+
+def values(word: str) -> list[str]:
+    return [step.rest for step in STEPS if step.word == word]
+
+
+def hadolint() -> str:
+    found = shutil.which("hadolint", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+    if found is None:
+        pytest.skip("hadolint is not installed")
+    return found
+
+
+def test_it_lints() -> None:
+    done = subprocess.run([hadolint(), "Dockerfile"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_base_is_pinned_and_one() -> None:
+    stages = values("FROM")
+    outside = [stage.split()[0] for stage in stages if stage.split()[0] not in ("base", "build")]
+    assert len(stages) == 3
+    assert outside == ["python:3.11.14-slim-bookworm"]
+    assert values("COPY").count("--from=build /opt/venv /opt/venv") == 1
+
+
+def test_everything_it_copies_is_there() -> None:
+    for step in (rest for rest in values("COPY") if not rest.startswith("--from=")):
+        for source in step.split()[:-1]:
+            assert (ROOT / source).exists(), source
+            assert not rehearse.is_left_out(source), source
+            assert subprocess.run(["git", "check-ignore", "-q", source], cwd=ROOT).returncode == 1, source
+
+
+@pytest.mark.parametrize(
+    ("name", "is_out"),
+    [
+        ("server/app.py", False),
+        ("server/__pycache__/app.pyc", True),
+        ("benchmarks/prompts.jsonl", False),
+        ("benchmarks/results/a.json", True),
+        ("tests/tiny.py", True),
+        ("deploy/secrets/api_keys", True),
+        ("deploy/healthcheck.py", False),
+        (".git", True),
+    ],
+)
+def test_what_is_sent_to_the_builder(name: str, is_out: bool) -> None:
+    assert rehearse.is_left_out(name) is is_out
+
+
+def test_the_program_lies_where_it_is_served_from() -> None:
+    """Relative paths in deployment files are relative to the working folder."""
+    (command,) = values("CMD")
+    assert (ROOT / json.loads(command)[1]).is_file()
+    assert values("WORKDIR")[-1] == "/app"
+    assert {"configs configs", "models models"} <= set(values("COPY"))
+    assert "".join(values("USER")).split(":") == ["10001", "10001"]
+
+
+def pinned() -> dict[str, str]:
+    lines = (ROOT / "deploy" / "constraints.txt").read_text("utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_versions_are_those_the_project_allows() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    found = pinned()
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(found[canonicalize_name(requirement.name)]), requirement
+
+
+def test_nothing_is_installed_unpinned() -> None:
+    """What our dependencies depend on, as it is installed here, is in the file, too."""
+    found, seen = pinned(), set()
+    todo = [Requirement(text) for text in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]]
+    while todo:
+        requirement = todo.pop()
+        if str(requirement) in seen or canonicalize_name(requirement.name).startswith(("nvidia-", "triton", "cuda-")):
+            continue
+        seen.add(str(requirement))
+        assert canonicalize_name(requirement.name) in found, requirement
+        needed = map(Requirement, metadata.requires(requirement.name) or [])
+        extras = requirement.extras or {""}
+        todo += [part for part in needed if part.marker is None or any(part.marker.evaluate({"extra": extra}) for extra in extras)]
+
+
+def test_an_unknown_instruction_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(rehearse.RehearsalFailed, match="ADD is not known here"):
+        rehearse.Rehearsal(tmp_path, Path(sys.executable), {}).carry_out(rehearse.instructions_of("FROM a\nADD b c"))
+
+
+def test_steps_are_carried_out_below_one_folder(tmp_path: Path) -> None:
+    text = "FROM a\n# none\nARG WORD=no\nENV DEEP=/app/$WORD OTHER=/appendix\nWORKDIR /app\n"
+    text += "RUN echo \\\n  $DEEP ${OTHER} > /app/said\nCOPY LICENSE ./"
+    state = rehearse.Rehearsal(tmp_path, Path(sys.executable), {"WORD": "yes"})
+    state.carry_out(rehearse.instructions_of(text))
+    assert (tmp_path / "app" / "said").read_text() == f"{tmp_path}/app/yes /appendix\n"
+    assert (tmp_path / "app" / "LICENSE").is_file()
+    with pytest.raises(rehearse.RehearsalFailed, match="ended with 3"):
+        state.carry_out(rehearse.instructions_of("RUN exit 3"))
+
+
+# ---------------------------------------------------------------------- the health check
+class Answering(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/ready" and self.server.server_name != "unready" else 503)
+        self.end_headers()
+        self.wfile.write(b"the model is being loaded")
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServer]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Answering) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv("CASCADE_PORT", str(server.server_port))
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy must not be asked
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_the_health_check_asks_the_server(answering: http.server.HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert healthcheck.main() == 0
+    answering.server_name = "unready"
+    assert healthcheck.main() == 1
+    assert capsys.readouterr().err == "503: the model is being loaded\n"
+
+
+def test_the_health_check_says_that_nobody_listens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CASCADE_PORT", "9")
+    assert healthcheck.main() == 1
+    assert "refused" in capsys.readouterr().err
+
+
+def test_the_health_check_speaks_tls(
+    monkeypatch: pytest.MonkeyPatch, answering: http.server.HTTPServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CASCADE_TLS_CERTIFICATE", "/somewhere.pem")
+    assert healthcheck.main() == 1  # this server does not
+    assert "SSL" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- the steps themselves
+@pytest.mark.skipif(not os.environ.get("CASCADE_TEST_IMAGE"), reason="takes minutes and some GB, as root: CASCADE_TEST_IMAGE=PYTHON")
+@pytest.mark.timeout(1500)
+def test_the_steps_make_a_server() -> None:
+    command = [sys.executable, "deploy/rehearse.py", "--build-arg", "TORCH_INDEX=", "--python", os.environ["CASCADE_TEST_IMAGE"]]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
