@@ -238,9 +238,7 @@ def main() -> int:
         since = time.time()
         check_serving(rehearsal)
         check_written(rehearsal, since)
-        say(
-            f"/opt/venv {megabytes(root / 'opt')} MiB, /app {megabytes(root / 'app')} MiB, /cache {megabytes(root / 'cache')} MiB when it ran"
-        )
+        say(", ".join(f"/{part}: {megabytes(root / part)} MiB" for part in ("opt", "app", "cache")))
     except RehearsalFailed as error:
         say(f"FAILED: {error}")
         return 1
