@@ -117,7 +117,7 @@ class Rehearsal:
                 raise RehearsalFailed(f"{target} was not made by the stage that {sources[0]} names.")
             return
         for source in sources:
-            copy(SOURCE / source, self.folder / target / (source if target.endswith("/") else ""))
+            copy(SOURCE / source, self.folder / target / (Path(source).name if target.endswith("/") else ""))
 
     def _user(self, rest: str) -> None:
         self.user = int(rest.split(":")[0])
@@ -189,6 +189,7 @@ def check_serving(rehearsal: Rehearsal) -> None:
             time.sleep(2)
         say(f"healthy after {time.monotonic() - begin:.0f} s; it runs as the user {Path(f'/proc/{process.pid}').stat().st_uid}")
         say(f"it answers: {ask(port)!r}")
+        say(f"it needed {peak_megabytes(process.pid)} MiB of memory at most")
         process.send_signal(signal.SIGTERM)
         if code := process.wait(60):
             raise RehearsalFailed(f"SIGTERM ended it with {code}.")
@@ -202,6 +203,14 @@ def ask(port: int) -> str:
     if not text:
         raise RehearsalFailed("The answer is empty.")
     return text
+
+
+def peak_megabytes(process: int) -> int:
+    """The most memory that a process and its children had, added up."""
+    status = Path(f"/proc/{process}/status").read_text("ascii")
+    children = Path(f"/proc/{process}/task/{process}/children").read_text("ascii").split()
+    own = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return (int(own[1]) >> 10 if own else 0) + sum(peak_megabytes(int(child)) for child in children)
 
 
 def check_written(rehearsal: Rehearsal, since: float) -> None:

@@ -136,20 +136,31 @@ def test_the_gpus_file_changes_what_it_must() -> None:
 
 # ---------------------------------------------------------------------- what others' files must agree with
 def test_prometheus_asks_the_service_with_the_key_it_has() -> None:
+    content = yaml.safe_load((ROOT / mounts("prometheus")["/etc/prometheus/prometheus.yml"]).read_text("utf-8"))
+    (job,) = content["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["cascade:8000"]}]
+    assert job["authorization"]["credentials_file"] == f"/run/secrets/{SERVICES['prometheus']['secrets'][0]}"
+    assert "EXPOSE 8000" in (ROOT / "Dockerfile").read_text("utf-8")
+    assert content["rule_files"] == ["rules/*.yml"]
+    assert "/etc/prometheus/rules" in mounts("prometheus")
+
+
+def test_rules_mean_the_same_with_either_scrape_configuration() -> None:
     if not PROMETHEUS.exists():
-        pytest.skip("there is no scrape configuration yet")
-    jobs = yaml.safe_load(PROMETHEUS.read_text("utf-8"))["scrape_configs"]
-    targets = {target: job for job in jobs for part in job["static_configs"] for target in part["targets"]}
-    assert "cascade:8000" in targets
-    key = targets["cascade:8000"]["authorization"]["credentials_file"]
-    assert key == f"/run/secrets/{SERVICES['prometheus']['secrets'][0]}"
+        pytest.skip("there is no other scrape configuration yet")
+    one, other = (yaml.safe_load(file.read_text("utf-8")) for file in (PROMETHEUS, ROOT / "deploy" / "compose.prometheus.yml"))
+    assert (one["global"], one["rule_files"]) == (other["global"], other["rule_files"])
+    (job,), (there,) = one["scrape_configs"], other["scrape_configs"]
+    assert (job["job_name"], job["metrics_path"]) == (there["job_name"], there["metrics_path"])
 
 
 def test_grafana_finds_prometheus_and_the_dashboards() -> None:
     if not GRAFANA.exists():
         pytest.skip("nothing is provisioned yet")
     files = [yaml.safe_load(file.read_text("utf-8")) for file in sorted(GRAFANA.rglob("*.y*ml"))]
-    assert "http://prometheus:9090" in [source["url"] for content in files for source in content.get("datasources", [])]
+    urls = [source["url"] for content in files for source in content.get("datasources", [])]
+    variables = SERVICES["grafana"]["environment"]
+    assert [re.sub(r"\$\{(\w+)\}", lambda match: variables[match[1]], url) for url in urls] == ["http://prometheus:9090"]
     paths = [provider["options"]["path"] for content in files for provider in content.get("providers", [])]
     assert paths
     assert all(path in mounts("grafana") for path in paths)

@@ -120,19 +120,22 @@ def test_an_unknown_instruction_is_refused(tmp_path: Path) -> None:
 
 def test_steps_are_carried_out_below_one_folder(tmp_path: Path) -> None:
     text = "FROM a\n# none\nARG WORD=no\nENV DEEP=/app/$WORD OTHER=/appendix\nWORKDIR /app\n"
-    text += "RUN echo \\\n  $DEEP ${OTHER} > /app/said\nCOPY LICENSE ./"
+    text += "RUN echo \\\n  $DEEP ${OTHER} > /app/said\nCOPY LICENSE deploy/healthcheck.py ./\nCOPY configs configs"
     state = rehearse.Rehearsal(tmp_path, Path(sys.executable), {"WORD": "yes"})
     state.carry_out(rehearse.instructions_of(text))
     assert (tmp_path / "app" / "said").read_text() == f"{tmp_path}/app/yes /appendix\n"
-    assert (tmp_path / "app" / "LICENSE").is_file()
+    assert {path.name for path in (tmp_path / "app").iterdir()} == {"said", "LICENSE", "healthcheck.py", "configs"}
+    assert (tmp_path / "app" / "configs" / "default.yaml").is_file()
     with pytest.raises(rehearse.RehearsalFailed, match="ended with 3"):
         state.carry_out(rehearse.instructions_of("RUN exit 3"))
 
 
 # ---------------------------------------------------------------------- the health check
 class Answering(http.server.BaseHTTPRequestHandler):
+    is_ready = True
+
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/ready" and self.server.server_name != "unready" else 503)
+        self.send_response(200 if self.path == "/ready" and self.is_ready else 503)
         self.end_headers()
         self.wfile.write(b"the model is being loaded")
 
@@ -151,9 +154,10 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.HTTPServe
         thread.join()
 
 
-def test_the_health_check_asks_the_server(answering: http.server.HTTPServer, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("answering")
+def test_the_health_check_asks_the_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert healthcheck.main() == 0
-    answering.server_name = "unready"
+    monkeypatch.setattr(Answering, "is_ready", False)
     assert healthcheck.main() == 1
     assert capsys.readouterr().err == "503: the model is being loaded\n"
 

@@ -17,7 +17,7 @@ import pytest
 
 from engine.errors import ConfigError
 from server.app import create_app
-from server.launch import Server, _ready, _uvicorn_config
+from server.launch import Server, _ready, _uvicorn_config, run
 from server.listener import bind
 from server.settings import OWN_PATHS, Deployment, ServerSettings, load
 from server.tls import check_certificate
@@ -137,6 +137,12 @@ def test_a_certificate_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             check_certificate(ServerSettings(tls_certificate=pair[0], tls_key=pair[1]))
+
+
+def test_a_certificate_is_tried_before_anything_is_loaded(tmp_path: Path) -> None:
+    deployment = make_deployment(port=0, tls_certificate=tmp_path / "a.pem", tls_key=tmp_path / "a.key")
+    with pytest.raises(ConfigError, match=r"server\.tls_certificate"):
+        run(deployment, bind(deployment.server), lambda _: None, "absent:factory")
 
 
 # ---------------------------------------------------------------------- mistakes in the file
