@@ -153,7 +153,6 @@ def _uvicorn_config(app: object, settings: ServerSettings) -> uvicorn.Config:
         log_config=None,
         access_log=is_debugging,
         timeout_graceful_shutdown=CLOSING_SECONDS,
-        proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips="*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
