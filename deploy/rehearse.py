@@ -233,6 +233,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE", help="as docker build has it")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the base image's Python; the image's user must reach it")
+    parser.add_argument("--no-start", action="store_true", help="install only")
     parser.add_argument("--keep", action="store_true", help="keep the folder")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="cascade-image-"))
@@ -245,8 +246,9 @@ def main() -> int:
         (root / "tmp").chmod(0o1777)
         rehearsal.carry_out(instructions_of((SOURCE / "Dockerfile").read_text("utf-8")))
         since = time.time()
-        check_serving(rehearsal)
-        check_written(rehearsal, since)
+        if not options.no_start:
+            check_serving(rehearsal)
+            check_written(rehearsal, since)
         say(", ".join(f"/{part}: {megabytes(root / part)} MiB" for part in ("opt", "app", "cache")))
     except RehearsalFailed as error:
         say(f"FAILED: {error}")

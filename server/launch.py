@@ -169,5 +169,4 @@ def _loaded(info: EngineInfo) -> str:
 
 def _ready(deployment: Deployment, listener: socket.socket) -> str:
     host = f"[{deployment.server.host}]" if ":" in deployment.server.host else deployment.server.host
-    scheme = "http" if deployment.server.tls_certificate is None else "https"
-    return f"Ready on {scheme}://{host}:{listener.getsockname()[1]} (models: {', '.join(deployment.model_ids)})"
+    return f"Ready on {deployment.server.scheme}://{host}:{listener.getsockname()[1]} (models: {', '.join(deployment.model_ids)})"

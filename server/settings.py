@@ -72,6 +72,11 @@ class ServerSettings(Section):
     tls_key: Path | None = Field(None, description="PEM file with its key")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
+    @property
+    def scheme(self) -> str:
+        """How its address begins."""
+        return "http" if self.tls_certificate is None else "https"
+
 
 class Deployment(EngineConfig):
     """One deployment file."""

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -128,6 +129,57 @@ def test_steps_are_carried_out_below_one_folder(tmp_path: Path) -> None:
     assert (tmp_path / "app" / "configs" / "default.yaml").is_file()
     with pytest.raises(rehearse.RehearsalFailed, match="ended with 3"):
         state.carry_out(rehearse.instructions_of("RUN exit 3"))
+
+
+PRETENDING = """
+import http.server, json, os, signal, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({"status": "ready"})
+    def do_POST(self):
+        self.answer({"choices": [{"message": {"content": "TEXT"}}]})
+    def answer(self, content):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+    def log_message(self, *args): ...
+signal.signal(signal.SIGTERM, lambda *_: os._exit(CODE))
+http.server.HTTPServer(("127.0.0.1", int(os.environ["CASCADE_PORT"])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"), [("Hello", 0, ""), ("", 0, "The answer is empty"), ("Hello", 3, "SIGTERM ended it with 3")]
+)
+def test_a_start_is_judged(tmp_path: Path, text: str, code: int, said: str) -> None:
+    (tmp_path / "server.py").write_text(PRETENDING.replace("TEXT", text).replace("CODE", str(code)))
+    state = rehearse.Rehearsal(tmp_path, Path(sys.executable), {}, folder=tmp_path)
+    state.entry, state.command = [sys.executable], ["server.py"]
+    state.health = [sys.executable, str(ROOT / "deploy" / "healthcheck.py")]
+    if said:
+        with pytest.raises(rehearse.RehearsalFailed, match=said):
+            rehearse.check_serving(state)
+    else:
+        rehearse.check_serving(state)
+
+
+def test_a_start_that_ends_at_once_is_said(tmp_path: Path) -> None:
+    state = rehearse.Rehearsal(tmp_path, Path(sys.executable), {}, folder=tmp_path)
+    state.entry, state.command, state.health = ["false"], [], ["false"]
+    with pytest.raises(rehearse.RehearsalFailed, match="did not become healthy"):
+        rehearse.check_serving(state)
+
+
+def test_what_is_written_outside_the_cache_is_said(tmp_path: Path) -> None:
+    state = rehearse.Rehearsal(tmp_path, Path(sys.executable), {})
+    since = time.time() - 5
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "model").touch()
+    rehearse.check_written(state, since)
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "scrap").touch()
+    with pytest.raises(rehearse.RehearsalFailed, match="scrap was written"):
+        rehearse.check_written(state, since)
 
 
 # ---------------------------------------------------------------------- the health check
