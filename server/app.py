@@ -28,6 +28,7 @@ from server.drain import Draining
 from server.keys import BearerAuth, digests_of
 from server.metrics import Metrics
 from server.openai import cascade, chat, completions, models, tokenize
+from server.rootpath import RootPath
 from server.settings import Deployment, ServerSettings
 from server.text import TextTokenizer
 
@@ -55,6 +56,7 @@ def create_app(
         strict_content_type=False,
         docs_url=None,  # FastAPI's pages load scripts from another server
         redoc_url=None,
+        servers=[{"url": deployment.server.root_path}] if deployment.server.root_path else None,
     )
     app.state.engine = engine
     app.state.deployment = deployment
@@ -88,7 +90,9 @@ def _guard(app: FastAPI, settings: ServerSettings) -> None:
             allow_headers=("*",),
             expose_headers=("x-request-id", "x-cascade-ignored", "retry-after"),
         )
-    app.add_middleware(RequestId)  # the outermost: refusals have an id, too
+    app.add_middleware(RequestId)  # around the others: refusals have an id, too
+    if settings.root_path:
+        app.add_middleware(RootPath, prefix=settings.root_path)
 
 
 def _noting(metrics: Metrics) -> errors.Refused:

@@ -7,6 +7,7 @@ nothing else, so that a file says what is computed. Nothing is looked up here: w
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import logging
 import os
 import re
@@ -48,6 +49,27 @@ def fit_origin(origin: str) -> str:
 
 
 ApiKey = Annotated[str, Field(min_length=1), AfterValidator(fit_key)]
+LISTS = frozenset({"api_keys", "cors_origins", "trusted_proxies"})  # in variables their values are separated by commas
+OWN_PATHS = frozenset({"v1", "health", "ready", "metrics", "version", "openapi.json", "tokenize", "detokenize", "web"})  # how routes begin
+
+
+def fit_root_path(path: str) -> str:
+    """A path that can stand before those of the routes and never be taken for one of them. Raises ValueError."""
+    if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
+        raise ValueError("a path begins with a slash, ends without one and needs no escapes, such as /llm; leave it empty for none")
+    if path and path.split("/")[1] in OWN_PATHS:
+        raise ValueError("this server's own paths begin like that; choose another")
+    return path
+
+
+def fit_proxy(proxy: str) -> str:
+    """An address, a network, or '*' for everybody. Raises ValueError."""
+    if proxy != "*":
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError as error:
+            raise ValueError(f"must be an address such as 10.0.0.7, a network such as 10.0.0.0/8, or '*' ({error})") from error
+    return proxy
 
 
 class ServerSettings(Section):
@@ -80,7 +102,18 @@ class ServerSettings(Section):
     tool_format: tools.FormatName = Field("auto", description="how the model writes calls of functions; auto: as its chat template says")
     reasoning_format: reasoning.FormatName = Field("auto", description="how the model marks thinking; auto: as its chat template says")
     page: bool = Field(True, description="serve the page at /")
+    root_path: Annotated[str, AfterValidator(fit_root_path)] = Field("", description="path under which a proxy shows this server")
+    trusted_proxies: tuple[Annotated[str, AfterValidator(fit_proxy)], ...] = Field(
+        (), description="addresses whose X-Forwarded-For and -Proto are believed; none: nobody's"
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file with the certificate and those above it; none: plain HTTP")
+    tls_key: Path | None = Field(None, description="PEM file with its key")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def scheme(self) -> str:
+        """How its address begins."""
+        return "http" if self.tls_certificate is None else "https"
 
 
 class Deployment(EngineConfig):
@@ -94,6 +127,9 @@ class Deployment(EngineConfig):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"model.aliases: {name!r} - is used twice; name and aliases must all differ")
+        if (self.server.tls_certificate is None) != (self.server.tls_key is None):
+            missing = "tls_key" if self.server.tls_key is None else "tls_certificate"
+            raise ValueError(f"server.{missing} - is required: tls_certificate and tls_key go together")
         longest = self.speculation.draft_length.max
         for name, preset in self.speculation.presets.items():
             if preset.max_draft is not None and preset.max_draft > longest:
@@ -194,14 +230,15 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ob
             logger.warning("The environment variable %s is not known and changes nothing%s", variable, hint)
             continue
         if text:
-            found[key] = (variable, _several(variable, text) if key in ("api_keys", "cors_origins") else text)
+            found[key] = (variable, _several(variable, text) if key in LISTS else text)
     return found
 
 
 def _several(variable: str, text: str) -> list[str]:
+    """The values in a list separated by commas. Only commas would set an empty list, which for keys opens the server: refused."""
     values = [part.strip() for part in text.split(",") if part.strip()]
     if not values:
-        what = "key" if variable == "CASCADE_API_KEYS" else "origin"
+        what = {"CASCADE_API_KEYS": "key", "CASCADE_CORS_ORIGINS": "origin"}.get(variable, "value")
         raise ConfigError(f"{variable}: (hidden) - holds no {what}; leave it empty to have those of the file")
     return values
 
