@@ -18,10 +18,11 @@ from engine.client import EngineClient
 from engine.errors import EngineDead
 from engine.stats import EngineInfo
 from server import errors, ops
-from server.deps import BearerAuth, BodyLimit, Serving
+from server.deps import BearerAuth, BodyLimit, Serving, config_labels
 from server.drain import Draining
 from server.metrics import Metrics
 from server.openai import chat, completions, models
+from server.record import Objectives
 from server.settings import Deployment
 from server.text import TextTokenizer
 
@@ -53,7 +54,7 @@ def create_app(
     app.state.deployment = deployment
     app.state.load_tokenizer = load_tokenizer
     app.state.waits_for_engine = waits_for_engine
-    app.state.metrics = Metrics(deployment.model.name)
+    app.state.metrics = _metrics(deployment)
     app.state.draining = Draining(deployment.server.drain_seconds)
     app.state.serving = None  # until the model is loaded
     for router in (chat.router, completions.router, models.router):
@@ -91,6 +92,7 @@ async def _load(app: FastAPI) -> EngineInfo:
         draining=app.state.draining,
         started_at=int(time.time()),
     )
+    app.state.metrics.describe(app.version, config_labels(app.state.deployment, info))
     engine.on_step(app.state.metrics.observe_step)
     engine.on_loss(app.state.metrics.observe_loss)
     app.state.draining.attach()
@@ -103,6 +105,12 @@ async def _started(engine: EngineClient) -> EngineInfo:
     except EngineDead:  # not started yet; one that is really dead says so again
         await engine.start()
         return engine.info
+
+
+def _metrics(deployment: Deployment) -> Metrics:
+    server = deployment.server
+    objectives = Objectives(server.objective_first_token_seconds, server.objective_per_token_seconds)
+    return Metrics(deployment.model.name, objectives, server.vllm_metric_names)
 
 
 class RequestId:

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.client import EngineClient
+from engine.dials import DIALS
 from engine.errors import ClientError
 from engine.stats import EngineInfo
 from server.drain import Draining
@@ -46,6 +47,23 @@ class Serving:
         info, model = self.info, self.deployment.model
         pair = "+".join(_last_part(name) + _held(part) for name, part in ((info.target, model.target), (info.drafter, model.drafter)))
         return re.sub(r"[^\w.+:-]", "_", f"cascade-{self.version}-{pair}-{info.dtype}-{info.device}", flags=re.ASCII)
+
+
+def config_labels(deployment: Deployment, info: EngineInfo) -> dict[str, object]:
+    """What a deployment serves, as an operator compares it with another one."""
+    speculation = deployment.speculation
+    return {
+        "target": info.target,
+        "drafter": info.drafter,
+        "rule": speculation.rule,
+        "alpha": format(DIALS[speculation.rule].default if speculation.alpha is None else speculation.alpha, "g"),
+        "draft_policy": speculation.draft_length.policy,
+        "max_draft": info.max_draft,
+        "verification": speculation.verification,
+        "device": info.device,
+        "dtype": info.dtype,
+        "quantization": deployment.model.target.quantization,
+    }
 
 
 def _held(part: object) -> str:

@@ -41,6 +41,11 @@ class ServerSettings(Section):
     keep_alive_seconds: float = Field(15.0, gt=0, le=3600, allow_inf_nan=False, description="a silent stream gets a comment this often")
     engine_hang_seconds: float = Field(30.0, ge=5, le=86_400, allow_inf_nan=False, description="an engine silent for so long is killed")
     unused_fields: Literal["report", "refuse"] = Field("report", description="of requests: named in a header, or a 400")
+    objective_first_token_seconds: float = Field(2.0, gt=0, le=3600, allow_inf_nan=False, description="promised time to the first token")
+    objective_per_token_seconds: float = Field(
+        0.1, gt=0, le=3600, allow_inf_nan=False, description="promised: mean of an answer's further tokens"
+    )
+    vllm_metric_names: bool = Field(False, description="/metrics counts drafts under vLLM's names as well")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
