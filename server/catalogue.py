@@ -16,7 +16,7 @@ _LONG = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 _SHARE = tuple(i / 20 for i in range(21))
 _BATCH = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-_ALPHA = (-1, -0.5, 0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 2, 5, 10)
+_ALPHA = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 2, 5, 10)
 
 MODEL = ("model",)
 ASKED = ("model", "preset")
@@ -188,7 +188,7 @@ _SPECULATION: Mapping[str, Entry] = {
         "Different tokens per tokens of an answer, 0 to 1; only answers of 32 tokens and more. Low ones repeat themselves",
         _SHARE,
     ),
-    "request_alpha": Entry("histogram", JUDGED, "The dial that an answer was made with; rules that have none are at 0", _ALPHA),
+    "request_alpha": Entry("histogram", JUDGED, "The dial that an answer was made with; rules that have none are at 0, and so are negative dials", _ALPHA),
 }
 
 CATALOGUE: Mapping[str, Entry] = {**_STATE, **_STEPS, **_REQUESTS, **_SPECULATION}

@@ -208,7 +208,7 @@ class RequestMetrics:
         self._sums["target_calls"] += record.num_target_calls
         self._sums["drafter_calls"] += record.num_drafter_calls
         self._sums["saved_target_calls"] += record.num_saved_calls
-        self._of_rule["request_alpha"].observe(alpha)
+        self._of_rule["request_alpha"].observe(max(0.0, alpha))  # a sum that falls would look like a restart
         if (share := record.distinct_share) is not None:
             self._of_rule["request_distinct_share"].observe(share)
         if record.num_draft_tokens:
