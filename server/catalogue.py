@@ -188,7 +188,9 @@ _SPECULATION: Mapping[str, Entry] = {
         "Different tokens per tokens of an answer, 0 to 1; only answers of 32 tokens and more. Low ones repeat themselves",
         _SHARE,
     ),
-    "request_alpha": Entry("histogram", JUDGED, "The dial that an answer was made with; rules that have none are at 0, and so are negative dials", _ALPHA),
+    "request_alpha": Entry(
+        "histogram", JUDGED, "The dial that an answer was made with; rules that have none are at 0, and so are negative dials", _ALPHA
+    ),
 }
 
 CATALOGUE: Mapping[str, Entry] = {**_STATE, **_STEPS, **_REQUESTS, **_SPECULATION}
