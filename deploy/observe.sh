@@ -14,6 +14,7 @@ command -v prometheus >/dev/null || {
 folder=$(mktemp -d)
 end() {
     trap - EXIT INT TERM
+    sleep 1 # Ctrl-C reached all of them; a second signal would end the server at once
     kill $(jobs -p) 2>/dev/null || true
     wait
     rm -rf "$folder"
