@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.client import EngineClient
-from engine.errors import EngineDead
+from engine.errors import ConfigError, EngineDead
 from engine.stats import EngineInfo
 from server import errors, ops
 from server.deps import BearerAuth, BodyLimit, Serving, config_labels
@@ -25,6 +25,7 @@ from server.openai import chat, completions, models
 from server.record import Objectives
 from server.settings import Deployment
 from server.text import TextTokenizer
+from server.traces import NoTraces, Traces
 
 TokenizerLoader = Callable[[str], TextTokenizer]
 
@@ -56,6 +57,7 @@ def create_app(
     app.state.waits_for_engine = waits_for_engine
     app.state.metrics = _metrics(deployment)
     app.state.draining = Draining(deployment.server.drain_seconds)
+    app.state.traces = traces = _traces(deployment, app.version)
     app.state.serving = None  # until the model is loaded
     for router in (chat.router, completions.router, models.router):
         app.include_router(router, prefix="/v1")
@@ -63,6 +65,7 @@ def create_app(
     errors.install(app, app.state.metrics.refused)
     app.add_middleware(BodyLimit, limit=deployment.server.max_body_bytes, refused=app.state.metrics.refused)
     app.add_middleware(BearerAuth, keys=deployment.server.api_keys, refused=app.state.metrics.refused)
+    app.add_middleware(traces.middleware)
     app.add_middleware(RequestId)  # the outermost: refusals have an id, too
     return app
 
@@ -78,6 +81,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.draining.detach()
         loading.cancel()
         await app.state.engine.close()
+        await app.state.traces.close()
 
 
 async def _load(app: FastAPI) -> EngineInfo:
@@ -91,6 +95,7 @@ async def _load(app: FastAPI) -> EngineInfo:
         metrics=app.state.metrics,
         draining=app.state.draining,
         started_at=int(time.time()),
+        traces=app.state.traces,
     )
     app.state.metrics.describe(app.version, config_labels(app.state.deployment, info))
     engine.on_step(app.state.metrics.observe_step)
@@ -111,6 +116,18 @@ def _metrics(deployment: Deployment) -> Metrics:
     server = deployment.server
     objectives = Objectives(server.objective_first_token_seconds, server.objective_per_token_seconds)
     return Metrics(deployment.model.name, objectives, server.vllm_metric_names)
+
+
+def _traces(deployment: Deployment, version: str) -> Traces:
+    """Those that the deployment asks for. Raises ConfigError where OpenTelemetry is not installed."""
+    endpoint = deployment.server.otlp_endpoint
+    if endpoint is None:
+        return NoTraces()
+    try:
+        from server.otlp import OtlpTraces
+    except ImportError as error:
+        raise ConfigError(f"server.otlp_endpoint: {endpoint} - needs OpenTelemetry: pip install -e '.[trace]' ({error})") from error
+    return OtlpTraces(endpoint, version)
 
 
 class RequestId:

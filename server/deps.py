@@ -21,6 +21,7 @@ from server.errors import BodyTooLarge, InvalidKey, NotLoaded, Refused, Shutting
 from server.metrics import Metrics
 from server.settings import Deployment
 from server.text import TextTokenizer
+from server.traces import NoTraces, Traces
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Serving:
     metrics: Metrics
     draining: Draining
     started_at: int  # Unix time
+    traces: Traces = field(default_factory=NoTraces)
     unused_fields: set[str] = field(default_factory=set)  # names that were logged
 
     @property

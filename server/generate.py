@@ -117,6 +117,7 @@ class Generation:
             await self._exits.aclose()
             raise
         self._serving.metrics.opened()
+        self._trace = self._serving.traces.current()
         self._metrics = self._serving.metrics.request(self._job.preset, self.record.rule)  # not before: what is refused has no series
         stops = StopStrings(self._job.stops, self._job.shows_stop)
         self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job) for record in self.record.choices]
@@ -131,6 +132,7 @@ class Generation:
             self._metrics.answer_done(answer.record, reason, self.record.arrived_at, self.record.alpha)
         seconds = time.monotonic() - self.record.arrived_at
         self._metrics.request_done(self.record.num_prompt_tokens, seconds)
+        self._trace.note(self._job, self.record, reasons)
         choices = self.record.choices
         _log.info(
             "%s %s: %d prompt tokens, %d generated in %.2f s, %s %g, %d of %d drafts stand, %s",

@@ -46,6 +46,7 @@ class ServerSettings(Section):
         0.1, gt=0, le=3600, allow_inf_nan=False, description="promised: mean of an answer's further tokens"
     )
     vllm_metric_names: bool = Field(False, description="/metrics counts drafts under vLLM's names as well")
+    otlp_endpoint: str | None = Field(None, min_length=1, description="collector that traces go to, over OTLP/HTTP; none: no traces")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
