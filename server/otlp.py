@@ -118,8 +118,7 @@ class _Traced:
 
 def _asked(job: Job, operation: str) -> dict[str, AttributeValue]:
     sampling = job.requests[0].sampling
-    seed: dict[str, AttributeValue] = {"gen_ai.request.seed": sampling.seed} if sampling.is_seeded else {}
-    return {
+    asked: dict[str, AttributeValue] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "cascade-serve",
         "gen_ai.request.model": job.model_id,
@@ -127,7 +126,10 @@ def _asked(job: Job, operation: str) -> dict[str, AttributeValue]:
         "gen_ai.request.temperature": sampling.temperature,
         "gen_ai.request.top_p": sampling.top_p,
         "gen_ai.request.stream": job.is_stream,
-    } | seed
+    }
+    if sampling.is_seeded:  # else it is the server's own
+        asked["gen_ai.request.seed"] = sampling.seed
+    return asked
 
 
 def _answered(job: Job, record: RequestRecord, reasons: Sequence[str]) -> dict[str, AttributeValue]:
