@@ -26,6 +26,7 @@ from server.app import create_app
 from server.drain import Draining
 from server.listener import refused
 from server.settings import Deployment, ServerSettings
+from server.status import Status, report
 from server.tls import check_certificate
 from server.units import in_bytes
 
@@ -45,7 +46,9 @@ async def _run(deployment: Deployment, listener: socket.socket, say: Say, factor
         check_certificate(deployment.server)
         ending = Ending(say)
         ending.listen()
-        app = create_app(_engine(deployment, say, factory), deployment, waits_for_engine=False)
+        engine, status = _engine(deployment, say, factory), Status()
+        engine.on_step(status.observe_step)
+        app = create_app(engine, deployment, waits_for_engine=False)
         server = Server(_uvicorn_config(app, deployment.server))
         serving = asyncio.ensure_future(server.serve([listener]))
         try:
@@ -54,6 +57,8 @@ async def _run(deployment: Deployment, listener: socket.socket, say: Say, factor
             give_way()
             ending.serve(server, app.state.draining, deployment.server.drain_seconds)
             say(_ready(deployment, listener))
+            reporting = asyncio.ensure_future(report(status, say))
+            serving.add_done_callback(lambda _: reporting.cancel())
         except BaseException:
             server.should_exit = True
             raise

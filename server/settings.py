@@ -7,7 +7,6 @@ nothing else, so that a file says what is computed. Nothing is looked up here: w
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from pydantic_core import ErrorDetails
 from engine.config import EngineConfig, Preset, Section
 from engine.errors import ConfigError
 from server import reasoning
+from server.fit import fit_key, fit_origin, fit_proxy, fit_root_path
 from server.tools import formats as tools
 
 logger = logging.getLogger(__name__)
@@ -31,45 +31,8 @@ S = TypeVar("S", bound=Section)
 
 ENV_PREFIX = "CASCADE_"
 OTHER_VARIABLES = frozenset({"CASCADE_CACHE_DIR"})  # read by the engine's loader
-DIGEST = "sha256:"  # what an API key begins with that stands there as its digest
-
-
-def fit_key(key: str) -> str:
-    """An API key, or its digest, as it may stand in a file. Raises ValueError."""
-    if key.startswith(DIGEST) and not re.fullmatch("[0-9a-fA-F]{64}", key.removeprefix(DIGEST)):
-        raise ValueError(f"what begins with {DIGEST} must be a digest, 64 hexadecimal digits; `cascade hash-key` makes one")
-    return key
-
-
-def fit_origin(origin: str) -> str:
-    """An origin as browsers write it, or '*'. Raises ValueError."""
-    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+", origin):
-        raise ValueError("an origin is a scheme, a host in small letters and, if need be, a port, such as https://example.org, or '*'")
-    return origin
-
-
-ApiKey = Annotated[str, Field(min_length=1), AfterValidator(fit_key)]
 LISTS = frozenset({"api_keys", "cors_origins", "trusted_proxies"})  # in variables their values are separated by commas
-OWN_PATHS = frozenset({"v1", "health", "ready", "metrics", "version", "openapi.json", "tokenize", "detokenize", "web"})  # how routes begin
-
-
-def fit_root_path(path: str) -> str:
-    """A path that can stand before those of the routes and never be taken for one of them. Raises ValueError."""
-    if path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", path):
-        raise ValueError("a path begins with a slash, ends without one and needs no escapes, such as /llm; leave it empty for none")
-    if path and path.split("/")[1] in OWN_PATHS:
-        raise ValueError("this server's own paths begin like that; choose another")
-    return path
-
-
-def fit_proxy(proxy: str) -> str:
-    """An address, a network, or '*' for everybody. Raises ValueError."""
-    if proxy != "*":
-        try:
-            ipaddress.ip_network(proxy)
-        except ValueError as error:
-            raise ValueError(f"must be an address such as 10.0.0.7, a network such as 10.0.0.0/8, or '*' ({error})") from error
-    return proxy
+ApiKey = Annotated[str, Field(min_length=1), AfterValidator(fit_key)]
 
 
 class ServerSettings(Section):
@@ -108,6 +71,12 @@ class ServerSettings(Section):
     )
     tls_certificate: Path | None = Field(None, description="PEM file with the certificate and those above it; none: plain HTTP")
     tls_key: Path | None = Field(None, description="PEM file with its key")
+    objective_first_token_seconds: float = Field(2.0, gt=0, le=3600, allow_inf_nan=False, description="promised time to the first token")
+    objective_per_token_seconds: float = Field(
+        0.1, gt=0, le=3600, allow_inf_nan=False, description="promised: mean of an answer's further tokens"
+    )
+    vllm_metric_names: bool = Field(False, description="/metrics counts drafts under vLLM's names as well")
+    otlp_endpoint: str | None = Field(None, min_length=1, description="collector that traces go to, over OTLP/HTTP; none: no traces")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

@@ -21,7 +21,7 @@ from server.settings import OTHER_VARIABLES, ServerSettings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "deploy/README.md")
-NEEDS = {"docker", "gpu", "cluster", "network", "hours", "minutes", "root"}
+NEEDS = {"docker", "gpu", "cluster", "network", "hours", "minutes", "root", "prometheus"}
 PROSE = ("text", "yaml", "json")  # what is shown and not run
 SHELL = ("", "bash", "sh", "indented")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$|(?:(?<=\n\n)|\A)((?:    .*\n)+)", re.MULTILINE | re.DOTALL)

@@ -15,6 +15,7 @@ import yaml
 
 from server.launch import CLOSING_SECONDS
 from server.metrics import Metrics
+from server.record import Objectives
 from server.settings import OTHER_VARIABLES, ServerSettings, load
 from tests.deploy.kustomize import Resource, build
 
@@ -209,7 +210,7 @@ def test_the_network_is_closed_but_for_who_is_named() -> None:
 def test_pods_are_added_by_a_metric_that_exists(name: str) -> None:
     (metric,) = one(name, "HorizontalPodAutoscaler")["spec"]["metrics"]
     wanted = metric["pods"]["metric"]["name"]
-    assert f"# TYPE {wanted} gauge" in Metrics("tiny").exposition().decode()
+    assert f"# TYPE {wanted} gauge" in Metrics("tiny", Objectives(1.0, 1.0)).exposition(is_ready=True).decode()
     (rule,) = yaml.safe_load((FOLDER / "adapter-rules.yaml").read_text("utf-8"))["rules"]["custom"]
     assert rule["name"]["as"] == wanted
     assert rule["seriesQuery"].startswith(f"{wanted}{{")

@@ -17,9 +17,10 @@ import pytest
 
 from engine.errors import ConfigError
 from server.app import create_app
+from server.fit import OWN_PATHS
 from server.launch import Server, _ready, _uvicorn_config, run
 from server.listener import bind
-from server.settings import OWN_PATHS, Deployment, ServerSettings, load
+from server.settings import Deployment, ServerSettings, load
 from server.tls import check_certificate
 from tests.fakes import FakeEngine, make_info
 from tests.server.conftest import USER, error_of, make_deployment, serve, until
