@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What `make observe` does: serve CONFIG, scrape it with Prometheus, send load until Ctrl-C. Grafana, where there is one, can be pointed at it.
+# `make observe`: serve CONFIG, scrape it with Prometheus, send load until Ctrl-C. Grafana, where there is one, can be pointed at it.
 #   deploy/observe.sh BIN CONFIG
 set -euo pipefail
 bin=$1 config=$2

@@ -80,6 +80,13 @@ def test_every_alert_has_a_section_in_the_runbook_and_the_runbook_no_other() -> 
         assert rule["labels"]["severity"] in ("page", "ticket")
 
 
+def test_panels_that_the_runbook_names_are_there() -> None:
+    named = re.findall(r"\*(Overview|Speculation|Engine): ([^*]+?)\.?\*", (DEPLOY / "runbook.md").read_text("utf-8").replace("\n", " "))
+    there = {(file.stem.capitalize(), panel["title"]) for file in DASHBOARDS for panel in panels(file)}
+    assert len(named) > 15
+    assert {(board, re.sub(r" +", " ", title)) for board, title in named} <= there
+
+
 def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_is_silent() -> None:
     content = yaml.safe_load((DEPLOY / "prometheus" / "tests" / "alerts.yml").read_text("utf-8"))
     cases = [case for test in content["tests"] for case in test["alert_rule_test"]]

@@ -183,7 +183,8 @@ def test_counters_begin_at_zero_so_that_rates_see_the_first_event() -> None:
     metrics = Metrics("tiny", OBJECTIVES)
     metrics.request("", "exact")
     found = values_of(metrics.exposition(False).decode())
-    assert found["cascade_engine_restarts_total"] == {(): 0}
+    assert found["cascade_engine_restarts_total"] == found["cascade_preemptions_total"] == {(): 0}
+    assert set(found["cascade_step_phase_seconds_total"].values()) == {0}
     assert found["cascade_requests_total"][(("finish_reason", "error"),)] == 0
     assert found["cascade_ready"][()] == 0
 
