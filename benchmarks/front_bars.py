@@ -1,9 +1,13 @@
-"""What each bar of the server itself measures, in front of an engine that pretends (pretend.py): how fast tokens go out, and refusals."""
+"""What each bar of the server itself measures, in front of an engine that pretends (pretend.py).
+
+How fast tokens go out, refusals, and what it costs to be watched.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +21,7 @@ from benchmarks.served import serve
 from benchmarks.stats import estimate
 
 NUM_STREAMS, REFUSED_RATE = 64, 200  # at once; a second
+SCRAPE_SECONDS = 1.0  # between two scrapes, fifteen times as often as our Prometheus asks
 _PRETENDING = (sys.executable, "-m", "benchmarks.pretend")
 _REFUSED: tuple[tuple[str, int, Mapping[str, Any]], ...] = (  # what, its status, and a body's fields
     ("unknown model", 404, {"model": "nobody"}),
@@ -59,6 +64,57 @@ def refusals(setting: Setting) -> Measured:
             setting.tick()
     by_kind = {kind: {"median": _at(0.5, values), "p99": _at(0.99, values)} for kind, values in of_kind.items()}
     return Measured(estimate(worst), tuple(worst), {"requests": num, "milliseconds": by_kind})
+
+
+def scrape(setting: Setting) -> Measured:
+    """Milliseconds within which 95 of 100 scrapes of /metrics are answered while so many streams run."""
+    worst, sizes = list[float](), list[int]()
+    for scrapes in _watched(setting, is_twice=False):
+        worst.append(_at(0.95, scrapes["milliseconds"]))
+        sizes.append(scrapes["bytes"])
+    return Measured(estimate(worst), tuple(worst), {"streams": NUM_STREAMS, "every_seconds": _every(setting), "bytes": sizes})
+
+
+def scrape_cost(setting: Setting) -> Measured:
+    """Tokens a second of so many streams while /metrics is scraped, over those in peace, in turns."""
+    ratios = [scrapes["seconds_in_peace"] / scrapes["seconds"] for scrapes in _watched(setting, is_twice=True)]
+    return Measured(estimate(ratios), tuple(ratios), {"streams": NUM_STREAMS, "every_seconds": _every(setting)})
+
+
+def _every(setting: Setting) -> float:
+    return 0.05 if setting.is_quick else SCRAPE_SECONDS
+
+
+def _watched(setting: Setting, is_twice: bool) -> list[dict[str, Any]]:
+    """What scraping.py says of each repetition, and the seconds of its streams; where it is twice, also those of the same without."""
+    config, num_tokens = setting.engine({"engine.max_sequences": NUM_STREAMS}), setting.size(6000, 100)
+    fields: dict[str, Any] = {"max_tokens": num_tokens, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+    body, found = _body(config.model.name, **fields), list[dict[str, Any]]()
+    with serve(config, _PRETENDING) as served, asyncio.Runner() as runner:
+        runner.run(_stream(served.url, body))  # warms up
+        for _ in range(setting.repetitions):
+            peace = _seconds_of(runner, served.url, body) if is_twice else 0.0
+            with _scraper(served.url, _every(setting)) as scraper:
+                assert scraper.stdout is not None
+                scraper.stdout.readline()  # it has begun: what it takes to start is not what it costs
+                seconds = _seconds_of(runner, served.url, body)
+                words, _ = scraper.communicate(b"")
+            if scraper.returncode:
+                raise BenchmarkError("The scrapes failed; what the server said stands above.")
+            found.append(json.loads(words) | {"seconds": seconds, "seconds_in_peace": peace})
+            setting.tick()
+    return found
+
+
+def _scraper(url: str, interval: float) -> subprocess.Popen[bytes]:
+    program = (sys.executable, "-m", "benchmarks.scraping", url, str(interval))
+    return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _seconds_of(runner: asyncio.Runner, url: str, body: bytes) -> float:
+    start = time.perf_counter()
+    runner.run(_together(url, body))
+    return time.perf_counter() - start
 
 
 # ---------------------------------------------------------------------- clients that cost little
@@ -128,4 +184,9 @@ def _at(share: float, values: list[float]) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-FRONT_MEASURES: Mapping[str, Callable[[Setting], Measured]] = {"front": front, "refusals": refusals}
+FRONT_MEASURES: Mapping[str, Callable[[Setting], Measured]] = {
+    "front": front,
+    "refusals": refusals,
+    "scrape": scrape,
+    "scrape-cost": scrape_cost,
+}

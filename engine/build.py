@@ -34,6 +34,7 @@ from engine.draft.length import FixedLength, HeuristicLength
 from engine.draft.model import Aids, ModelDrafter
 from engine.draft.ngram import NGramDrafter, NoDrafter
 from engine.draft.prediction import Prediction
+from engine.draft.worth import WithoutDrafts
 from engine.errors import ConfigError
 from engine.grammar.automaton import Automata, Vocabulary
 from engine.grammar.masks import GrammarMasks
@@ -168,6 +169,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         verifier=VERIFIERS[config.speculation.verification](extras.rules),
         max_drafter_tokens=config.engine.max_drafter_tokens or config.engine.max_step_tokens,
         is_lost=automata.is_broken,
+        without_drafts=WithoutDrafts(extras.costs.target if extras.costs else {}),
     )
     info = EngineInfo(
         incarnation=uuid.uuid4().hex,

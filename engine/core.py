@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from engine.draft.worth import StepWork, WithoutDrafts
 from engine.model.runner import ModelRunner
 from engine.plan import DraftBatch, Drafter, RowBatch, StepPlan, StepTiming, Verdict
 from engine.request import Request, TokenDelta
@@ -33,6 +34,7 @@ class Parts:
     verifier: Verifier
     max_drafter_tokens: int
     is_lost: Callable[[Sequence], bool]  # nothing can follow a sequence
+    without_drafts: WithoutDrafts = field(default_factory=WithoutDrafts)
 
 
 def windows_of(logits: Tensor, rows: RowBatch) -> tuple[Tensor, RowBatch]:
@@ -47,6 +49,7 @@ class EngineCore:
     def __init__(self, parts: Parts, info: EngineInfo):
         self._parts = parts
         self._info = info
+        self._ended = time.perf_counter()  # the last step; at first, loading
 
     @property
     def info(self) -> EngineInfo:
@@ -68,20 +71,22 @@ class EngineCore:
 
     def step(self) -> StepOutput:
         """Run one pass of the target over whatever is due, and say what it emitted."""
-        began, parts, before = time.perf_counter(), self._parts, replace(self._parts.scheduler.counters)
+        clock, parts, before = _Clock(self._ended), self._parts, replace(self._parts.scheduler.counters)
         plan = parts.scheduler.schedule()
+        clock.planned = time.perf_counter()
         drafts = parts.drafter.propose(plan, parts.max_drafter_tokens)
-        drafted = time.perf_counter()
+        clock.drafted = time.perf_counter()
         plan = plan.held_back(drafts.lagging)
         logits, rows = parts.runner.forward(plan, drafts)
         logits, rows = windows_of(logits, rows)
         p = parts.distributions.of(logits, rows)
         verdict = parts.verifier.verify(drafts, p, rows)
-        parts.scheduler.policy.observe_step(_timing(plan, drafts, (began, drafted, time.perf_counter())))
+        clock.verified = time.perf_counter()
+        parts.scheduler.policy.observe_step(_timing(plan, drafts, clock))
         deltas = parts.scheduler.commit(plan, drafts, verdict, logprobs_of(logits, rows, verdict), parts.is_lost)
         self._observe(plan, verdict)
-        stats = self._stats(plan, drafts, deltas, before, time.perf_counter() - began)
-        return StepOutput(deltas=tuple(deltas), stats=stats)
+        clock.ended = self._ended = time.perf_counter()
+        return StepOutput(deltas=tuple(deltas), stats=self._stats(plan, drafts, deltas, before, clock))
 
     def check(self) -> None:
         """Raise AssertionError unless the bookkeeping is consistent."""
@@ -94,29 +99,74 @@ class EngineCore:
             if not parts.scheduler.holds(chunk.seq):
                 parts.drafter.forget(chunk.seq)
 
-    def _stats(self, plan: StepPlan, drafts: DraftBatch, deltas: list[TokenDelta], before: SchedulerCounters, seconds: float) -> StepStats:
-        scheduler = self._parts.scheduler
-        now = scheduler.counters
+    def _stats(self, plan: StepPlan, drafts: DraftBatch, deltas: list[TokenDelta], before: SchedulerCounters, clock: _Clock) -> StepStats:
+        scheduler, now = self._parts.scheduler, self._parts.scheduler.counters
+        rounds = [delta.round for delta in deltas if delta.round is not None]
+        num_plain_rows = sum(chunk.num_tokens for chunk in plan.chunks)
+        num_emitted = sum(len(delta.token_ids) for delta in deltas)
+        what = StepWork(num_plain_rows, drafts.num_draft_tokens, len(deltas), num_emitted)
         return StepStats(
-            step_seconds=seconds,
+            step_seconds=clock.ended - clock.began,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_blocks=scheduler.pool.num_blocks,
             num_used_blocks=scheduler.pool.num_used,
-            num_target_tokens=sum(chunk.num_tokens for chunk in plan.chunks) + drafts.num_draft_tokens,
-            num_emitted_tokens=sum(len(delta.token_ids) for delta in deltas),
+            num_target_tokens=num_plain_rows + drafts.num_draft_tokens,
+            num_emitted_tokens=num_emitted,
             num_preemptions=now.num_preemptions - before.num_preemptions,
             num_prefix_queried_tokens=now.num_prefix_queried_tokens - before.num_prefix_queried_tokens,
             num_prefix_hit_tokens=now.num_prefix_hit_tokens - before.num_prefix_hit_tokens,
+            schedule_seconds=clock.schedule_seconds,
+            draft_seconds=clock.draft_seconds,
+            verify_seconds=clock.verify_seconds,
+            wait_seconds=clock.began - clock.ended_before,
+            undrafted_seconds=self._parts.without_drafts.seconds(what, clock.verify_seconds, clock.schedule_seconds),
+            num_sequences=sum(chunk.num_tokens > 0 for chunk in plan.chunks),
+            num_draft_tokens=sum(became.num_draft for became in rounds),
+            num_accepted_tokens=sum(became.num_accepted for became in rounds),
+            draft_lengths=_counts(drafts.lengths),
+            num_cached_blocks=scheduler.pool.num_cached,
+            num_waiting_for_place=scheduler.waiting_for.place,
+            num_waiting_for_memory=scheduler.waiting_for.memory,
+            num_waiting_for_leader=scheduler.waiting_for.leader,
+            num_waiting_for_budget=scheduler.waiting_for.budget,
         )
 
 
-def _timing(plan: StepPlan, drafts: DraftBatch, times: tuple[float, float, float]) -> StepTiming:
-    began, drafted, ended = times
+@dataclass(slots=True)
+class _Clock:
+    """When the parts of a step began and ended."""
+
+    ended_before: float  # the step before
+    began: float = field(default_factory=time.perf_counter)
+    planned: float = 0.0
+    drafted: float = 0.0
+    verified: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def schedule_seconds(self) -> float:
+        return self.planned - self.began + self.ended - self.verified
+
+    @property
+    def draft_seconds(self) -> float:
+        return self.drafted - self.planned
+
+    @property
+    def verify_seconds(self) -> float:
+        return self.verified - self.drafted
+
+
+def _timing(plan: StepPlan, drafts: DraftBatch, clock: _Clock) -> StepTiming:
     return StepTiming(
         num_target_rows=sum(chunk.num_tokens for chunk in plan.chunks) + drafts.num_draft_tokens,
-        target_seconds=ended - drafted,
+        target_seconds=clock.verify_seconds,
         num_drafter_calls=drafts.num_passes,
         num_drafter_rows=drafts.num_rows,
-        drafter_seconds=drafted - began,
+        drafter_seconds=clock.draft_seconds,
     )
+
+
+def _counts(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """How often each number occurs, from 0 to the largest."""
+    return tuple(map(lengths.count, range(max(lengths, default=-1) + 1)))

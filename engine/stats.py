@@ -36,12 +36,30 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
     num_blocks: int
-    num_used_blocks: int
+    num_used_blocks: int  # held by answers that run
     num_target_tokens: int  # rows of the target's pass: prompt, recomputed, pending and draft tokens
     num_emitted_tokens: int
     num_preemptions: int
     num_prefix_queried_tokens: int  # tokens of sequences admitted in this step
     num_prefix_hit_tokens: int  # of these, found in published blocks
+
+    # Where the time went. The first three are about all of step_seconds.
+    schedule_seconds: float = 0.0  # planning, and committing what was emitted
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0  # the target's pass, and judging the drafts
+    wait_seconds: float = 0.0  # from the end of the step before to this one's beginning: without work, or handing over and taking in
+    undrafted_seconds: float = 0.0  # what the same tokens would have taken without drafts, by what passes cost here
+
+    num_sequences: int = 0  # answers that had a part in the target's pass
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    draft_lengths: tuple[int, ...] = ()  # by number of drafts, answers for which so many were made in this step; from 0
+
+    num_cached_blocks: int = 0  # that nobody holds, and whose KV may be found again
+    num_waiting_for_place: int = 0  # max_sequences answers ran
+    num_waiting_for_memory: int = 0  # too few blocks were free
+    num_waiting_for_leader: int = 0  # another answer was computing what they need
+    num_waiting_for_budget: int = 0  # the step's tokens were given out
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,19 +19,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.client import EngineClient
-from engine.errors import EngineDead
+from engine.errors import ConfigError, EngineDead
 from engine.stats import EngineInfo
 from server import errors, logs, ops, page
 from server.body import BodyBounds, BodyLimit
-from server.deps import Serving
+from server.deps import Serving, config_labels
 from server.dialect import dialect_of
 from server.drain import Draining
 from server.keys import BearerAuth, digests_of
 from server.metrics import Metrics
 from server.openai import cascade, chat, completions, models, tokenize
+from server.record import Objectives
+from server.rootpath import RootPath
 from server.settings import Deployment, ServerSettings
 from server.structure import Checker
 from server.text import TextTokenizer
+from server.traces import NoTraces, Traces
 
 TokenizerLoader = Callable[[str], TextTokenizer]
 _log = logging.getLogger(__name__)
@@ -57,13 +60,15 @@ def create_app(
         strict_content_type=False,
         docs_url=None,  # FastAPI's pages load scripts from another server
         redoc_url=None,
+        servers=[{"url": deployment.server.root_path}] if deployment.server.root_path else None,
     )
     app.state.engine = engine
     app.state.deployment = deployment
     app.state.load_tokenizer = load_tokenizer
     app.state.waits_for_engine = waits_for_engine
-    app.state.metrics = Metrics(deployment.model.name)
+    app.state.metrics = _metrics(deployment)
     app.state.draining = Draining(deployment.server.drain_seconds)
+    app.state.traces = _traces(deployment, app.version)
     app.state.serving = None  # until the model is loaded
     for router in (chat.router, tokenize.chat_router, completions.router, models.router, tokenize.router, cascade.router):
         app.include_router(router, prefix="/v1", responses=errors.DOCUMENTED)
@@ -90,7 +95,10 @@ def _guard(app: FastAPI, settings: ServerSettings) -> None:
             allow_headers=("*",),
             expose_headers=("x-request-id", "x-cascade-ignored", "retry-after"),
         )
-    app.add_middleware(RequestId)  # the outermost: refusals have an id, too
+    app.add_middleware(app.state.traces.middleware)
+    app.add_middleware(RequestId)  # around the others: refusals have an id, too
+    if settings.root_path:
+        app.add_middleware(RootPath, prefix=settings.root_path)
 
 
 def _noting(metrics: Metrics) -> errors.Refused:
@@ -125,6 +133,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.draining.detach()
         loading.cancel()
         await app.state.engine.close()
+        await app.state.traces.close()
 
 
 async def _load(app: FastAPI) -> EngineInfo:
@@ -142,7 +151,9 @@ async def _load(app: FastAPI) -> EngineInfo:
         started_at=int(time.time()),
         grammars=Checker(Path(info.target_path), info.end_token_ids),
         dialect=dialect_of(tokenizer.template_source, settings.tool_format, settings.reasoning_format),
+        traces=app.state.traces,
     )
+    app.state.metrics.describe(app.version, config_labels(app.state.deployment, info))
     engine.on_step(app.state.metrics.observe_step)
     engine.on_loss(app.state.metrics.observe_loss)
     app.state.draining.attach()
@@ -155,6 +166,24 @@ async def _started(engine: EngineClient) -> EngineInfo:
     except EngineDead:  # not started yet; one that is really dead says so again
         await engine.start()
         return engine.info
+
+
+def _metrics(deployment: Deployment) -> Metrics:
+    server = deployment.server
+    objectives = Objectives(server.objective_first_token_seconds, server.objective_per_token_seconds)
+    return Metrics(deployment.model.name, objectives, server.vllm_metric_names)
+
+
+def _traces(deployment: Deployment, version: str) -> Traces:
+    """Those that the deployment asks for. Raises ConfigError where OpenTelemetry is not installed."""
+    endpoint = deployment.server.otlp_endpoint
+    if endpoint is None:
+        return NoTraces()
+    try:
+        from server.otlp import OtlpTraces
+    except ImportError as error:
+        raise ConfigError(f"server.otlp_endpoint: {endpoint} - needs OpenTelemetry: pip install -e '.[trace]' ({error})") from error
+    return OtlpTraces(endpoint, version)
 
 
 class RequestId:

@@ -21,9 +21,10 @@ from rich.console import Console
 
 from engine.errors import EngineError
 from engine.threads import set_defaults
+from server.fit import DIGEST
 from server.listener import bind
 from server.logs import FORMAT, AboutRequests
-from server.settings import DIGEST, Deployment, load
+from server.settings import Deployment, load
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Deployment file, such as configs/default.yaml.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from engine.client import EngineClient
+from engine.dials import DIALS
 from engine.stats import EngineInfo
 from server.dialect import Dialect
 from server.drain import Draining
@@ -17,6 +18,7 @@ from server.metrics import Metrics
 from server.settings import Deployment
 from server.structure import Checker
 from server.text import TextTokenizer
+from server.traces import NoTraces, Traces
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Serving:
     started_at: int  # Unix time
     grammars: Checker
     dialect: Dialect
+    traces: Traces = field(default_factory=NoTraces)
     unused_fields: set[str] = field(default_factory=set)  # names that were logged
 
     @property
@@ -45,6 +48,23 @@ class Serving:
         info, model = self.info, self.deployment.model
         pair = "+".join(last_part(name) + _held(part) for name, part in ((info.target, model.target), (info.drafter, model.drafter)))
         return re.sub(r"[^\w.+:-]", "_", f"cascade-{self.version}-{pair}-{info.dtype}-{info.device}", flags=re.ASCII)
+
+
+def config_labels(deployment: Deployment, info: EngineInfo) -> dict[str, object]:
+    """What a deployment serves, as an operator compares it with another one."""
+    speculation = deployment.speculation
+    return {
+        "target": info.target,
+        "drafter": info.drafter,
+        "rule": speculation.rule,
+        "alpha": format(DIALS[speculation.rule].default if speculation.alpha is None else speculation.alpha, "g"),
+        "draft_policy": speculation.draft_length.policy,
+        "max_draft": info.max_draft,
+        "verification": speculation.verification,
+        "device": info.device,
+        "dtype": info.dtype,
+        "quantization": deployment.model.target.quantization,
+    }
 
 
 def _held(part: object) -> str:

@@ -102,7 +102,6 @@ class Generation:
         self._serving = serving
         self._num_choices = len(first.choices)
         self._answers: list[_Answer] = []  # made when the engine has taken the job
-        self._metrics = serving.metrics.request(job.preset, speculation.rule)
         self._exits = AsyncExitStack()
         self._streams: list[Stream] = []
         self._begun: set[int] = set()  # prompts of which something was delivered
@@ -130,26 +129,36 @@ class Generation:
             self._serving.draining.discard(self)
             await self._exits.aclose()
             raise
+        self._serving.metrics.opened()
+        self._trace = self._serving.traces.current()
+        self._metrics = self._serving.metrics.request(self._job.preset, self.record.rule)  # not before: what is refused has no series
         stops = StopStrings(self._job.stops, self._job.shows_stop)
         self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job) for record in self.record.choices]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._serving.draining.discard(self)
+        self._serving.metrics.closed()
         await self._exits.aclose()
         early = "abort" if self._error is None else "timeout" if isinstance(self._error, RequestTimeout) else "error"
         reasons = [answer.record.finish_reason or early for answer in self._answers]
         for answer, reason in zip(self._answers, reasons, strict=True):
-            self._metrics.answer_done(answer.record, reason)
+            self._metrics.answer_done(answer.record, reason, self.record.arrived_at, self.record.alpha)
         seconds = time.monotonic() - self.record.arrived_at
         self._metrics.request_done(self.record.num_prompt_tokens, seconds)
+        self._trace.note(self._job, self.record, reasons)
+        choices = self.record.choices
         _log.info(
-            "%s %s: %d prompt tokens, %d generated in %.2f s, %s",
+            "%s %s: %d prompt tokens, %d generated in %.2f s, %s %g, %d of %d drafts stand, %s",
             self._job.id,
             self._job.model_id,
             self.record.num_prompt_tokens,
-            sum(answer.record.num_tokens for answer in self._answers),
+            self.record.num_completion_tokens,
             seconds,
+            self.record.rule,
+            self.record.alpha,
+            sum(choice.num_accepted_tokens for choice in choices),
+            sum(choice.num_draft_tokens for choice in choices),
             "+".join(sorted(set(reasons))),
         )
 

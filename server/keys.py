@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import ConfigError
 from server.errors import InvalidKey, Refused, refuse
-from server.settings import DIGEST, ServerSettings, fit_key
+from server.fit import DIGEST, fit_key
+from server.settings import ServerSettings
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/"})  # what probes ask, and the page, in which a key can be given
 OPEN_FOLDER = "/web/"  # what the page loads

@@ -26,6 +26,8 @@ from server.app import create_app
 from server.drain import Draining
 from server.listener import refused
 from server.settings import Deployment, ServerSettings
+from server.status import Status, report
+from server.tls import check_certificate
 from server.units import in_bytes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -41,9 +43,12 @@ def run(deployment: Deployment, listener: socket.socket, say: Say, factory: str 
 
 async def _run(deployment: Deployment, listener: socket.socket, say: Say, factory: str) -> None:
     with listener:
+        check_certificate(deployment.server)
         ending = Ending(say)
         ending.listen()
-        app = create_app(_engine(deployment, say, factory), deployment, waits_for_engine=False)
+        engine, status = _engine(deployment, say, factory), Status()
+        engine.on_step(status.observe_step)
+        app = create_app(engine, deployment, waits_for_engine=False)
         server = Server(_uvicorn_config(app, deployment.server))
         serving = asyncio.ensure_future(server.serve([listener]))
         try:
@@ -52,6 +57,8 @@ async def _run(deployment: Deployment, listener: socket.socket, say: Say, factor
             give_way()
             ending.serve(server, app.state.draining, deployment.server.drain_seconds)
             say(_ready(deployment, listener))
+            reporting = asyncio.ensure_future(report(status, say))
+            serving.add_done_callback(lambda _: reporting.cancel())
         except BaseException:
             server.should_exit = True
             raise
@@ -151,6 +158,9 @@ def _uvicorn_config(app: object, settings: ServerSettings) -> uvicorn.Config:
         log_config=None,
         access_log=is_debugging,
         timeout_graceful_shutdown=CLOSING_SECONDS,
+        forwarded_allow_ips="*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies),
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
     )
 
 
@@ -164,4 +174,4 @@ def _loaded(info: EngineInfo) -> str:
 
 def _ready(deployment: Deployment, listener: socket.socket) -> str:
     host = f"[{deployment.server.host}]" if ":" in deployment.server.host else deployment.server.host
-    return f"Ready on http://{host}:{listener.getsockname()[1]} (models: {', '.join(deployment.model_ids)})"
+    return f"Ready on {deployment.server.scheme}://{host}:{listener.getsockname()[1]} (models: {', '.join(deployment.model_ids)})"

@@ -34,7 +34,7 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Everything in Prometheus' text format."""
     of_app: Metrics = request.app.state.metrics
-    return Response(of_app.exposition(), media_type=CONTENT_TYPE)
+    return Response(of_app.exposition(_why_not_ready(request) is None), media_type=CONTENT_TYPE)
 
 
 @router.get("/version")

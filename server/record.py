@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,30 @@ from engine.request import Round, TokenDelta
 
 TokenRole = Literal["accepted", "recovered", "bonus", "plain"]
 UNDRAFTED = Round(num_draft=0, num_accepted=0)
+MIN_TOKENS_OF_A_SHARE = 32  # shorter answers repeat little, whatever is wrong with them
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What a deployment promises of every answer: seconds to the first token, and per further token."""
+
+    first_token: float
+    per_token: float
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        return {"first_token": self.first_token, "per_token": self.per_token}
+
+    def met(self, record: ChoiceRecord, has_failed: bool, arrived_at: float) -> Mapping[str, bool]:
+        """Which of them an answer met, and whether all. Nothing of one that its client left before it began."""
+        if has_failed:
+            return dict.fromkeys((*self.seconds, "all"), False)
+        if record.first_at is None:
+            return {}
+        per_token = record.seconds_per_token
+        first = record.first_at - arrived_at <= self.first_token
+        further = per_token is None or per_token <= self.per_token
+        return {"first_token": first, "per_token": further, "all": first and further}
 
 
 class ChoiceRecord:
@@ -28,6 +53,8 @@ class ChoiceRecord:
         self.num_rejected_prediction_tokens = 0
         self.num_target_calls = 0
         self.num_drafter_calls = 0
+        self.num_saved_calls = 0  # of the target: a pass brought several tokens
+        self.distinct_ids: set[int] = set()
         self.num_cached_tokens = 0
         self.queue_seconds = 0.0
         self.num_deliveries = 0
@@ -47,6 +74,8 @@ class ChoiceRecord:
     def count(self, delta: TokenDelta, num_kept: int) -> Round | None:
         """Count the first `num_kept` tokens of a delta. Returns the round as far as the client received it."""
         self.num_tokens += num_kept
+        self.num_saved_calls += max(0, num_kept - 1)
+        self.distinct_ids.update(delta.token_ids[:num_kept])
         self.num_target_calls = delta.num_target_calls
         self.num_drafter_calls = delta.num_drafter_calls
         self.num_cached_tokens = delta.num_cached_tokens
@@ -65,6 +94,18 @@ class ChoiceRecord:
     def num_accepted_tokens(self) -> int:
         """Drafts that stand in the answer."""
         return sum(i * count for i, count in enumerate(self.acceptance_histogram))
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean time of the tokens behind the first; None where there are none."""
+        if self.first_at is None or self.last_at is None or self.num_tokens < 2:
+            return None
+        return (self.last_at - self.first_at) / (self.num_tokens - 1)
+
+    @property
+    def distinct_share(self) -> float | None:
+        """Different tokens per tokens; None for an answer that is too short to tell."""
+        return len(self.distinct_ids) / self.num_tokens if self.num_tokens >= MIN_TOKENS_OF_A_SHARE else None
 
     def _count_round(self, drafts: Round) -> None:
         missing = drafts.num_accepted + 1 - len(self.acceptance_histogram)

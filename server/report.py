@@ -135,6 +135,6 @@ def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
         ("KV of a token", in_bytes(figures.kv_bytes_per_token)),
         ("blocks", blocks),
         ("served context", UNKNOWN if figures.max_model_len is None else f"{figures.max_model_len:,} tokens"),
-        ("address", f"http://{server.host}:{server.port}"),
+        ("address", f"{server.scheme}://{server.host}:{server.port}"),
         ("API keys", f"{len(digests)}" if (digests := digests_of(server)) else "none: everybody is served"),
     ]

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from engine.config import EngineConfig, Preset, Section
 from engine.errors import ConfigError
 from server import reasoning
+from server.fit import fit_key, fit_origin, fit_proxy, fit_root_path
 from server.tools import formats as tools
 
 logger = logging.getLogger(__name__)
@@ -30,23 +31,7 @@ S = TypeVar("S", bound=Section)
 
 ENV_PREFIX = "CASCADE_"
 OTHER_VARIABLES = frozenset({"CASCADE_CACHE_DIR"})  # read by the engine's loader
-DIGEST = "sha256:"  # what an API key begins with that stands there as its digest
-
-
-def fit_key(key: str) -> str:
-    """An API key, or its digest, as it may stand in a file. Raises ValueError."""
-    if key.startswith(DIGEST) and not re.fullmatch("[0-9a-fA-F]{64}", key.removeprefix(DIGEST)):
-        raise ValueError(f"what begins with {DIGEST} must be a digest, 64 hexadecimal digits; `cascade hash-key` makes one")
-    return key
-
-
-def fit_origin(origin: str) -> str:
-    """An origin as browsers write it, or '*'. Raises ValueError."""
-    if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+", origin):
-        raise ValueError("an origin is a scheme, a host in small letters and, if need be, a port, such as https://example.org, or '*'")
-    return origin
-
-
+LISTS = frozenset({"api_keys", "cors_origins", "trusted_proxies"})  # in variables their values are separated by commas
 ApiKey = Annotated[str, Field(min_length=1), AfterValidator(fit_key)]
 
 
@@ -80,7 +65,24 @@ class ServerSettings(Section):
     tool_format: tools.FormatName = Field("auto", description="how the model writes calls of functions; auto: as its chat template says")
     reasoning_format: reasoning.FormatName = Field("auto", description="how the model marks thinking; auto: as its chat template says")
     page: bool = Field(True, description="serve the page at /")
+    root_path: Annotated[str, AfterValidator(fit_root_path)] = Field("", description="path under which a proxy shows this server")
+    trusted_proxies: tuple[Annotated[str, AfterValidator(fit_proxy)], ...] = Field(
+        (), description="addresses whose X-Forwarded-For and -Proto are believed; none: nobody's"
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file with the certificate and those above it; none: plain HTTP")
+    tls_key: Path | None = Field(None, description="PEM file with its key")
+    objective_first_token_seconds: float = Field(2.0, gt=0, le=3600, allow_inf_nan=False, description="promised time to the first token")
+    objective_per_token_seconds: float = Field(
+        0.1, gt=0, le=3600, allow_inf_nan=False, description="promised: mean of an answer's further tokens"
+    )
+    vllm_metric_names: bool = Field(False, description="/metrics counts drafts under vLLM's names as well")
+    otlp_endpoint: str | None = Field(None, min_length=1, description="collector that traces go to, over OTLP/HTTP; none: no traces")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def scheme(self) -> str:
+        """How its address begins."""
+        return "http" if self.tls_certificate is None else "https"
 
 
 class Deployment(EngineConfig):
@@ -94,6 +96,9 @@ class Deployment(EngineConfig):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"model.aliases: {name!r} - is used twice; name and aliases must all differ")
+        if (self.server.tls_certificate is None) != (self.server.tls_key is None):
+            missing = "tls_key" if self.server.tls_key is None else "tls_certificate"
+            raise ValueError(f"server.{missing} - is required: tls_certificate and tls_key go together")
         longest = self.speculation.draft_length.max
         for name, preset in self.speculation.presets.items():
             if preset.max_draft is not None and preset.max_draft > longest:
@@ -194,14 +199,15 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, ob
             logger.warning("The environment variable %s is not known and changes nothing%s", variable, hint)
             continue
         if text:
-            found[key] = (variable, _several(variable, text) if key in ("api_keys", "cors_origins") else text)
+            found[key] = (variable, _several(variable, text) if key in LISTS else text)
     return found
 
 
 def _several(variable: str, text: str) -> list[str]:
+    """The values in a list separated by commas. Only commas would set an empty list, which for keys opens the server: refused."""
     values = [part.strip() for part in text.split(",") if part.strip()]
     if not values:
-        what = "key" if variable == "CASCADE_API_KEYS" else "origin"
+        what = {"CASCADE_API_KEYS": "key", "CASCADE_CORS_ORIGINS": "origin"}.get(variable, "value")
         raise ConfigError(f"{variable}: (hidden) - holds no {what}; leave it empty to have those of the file")
     return values
 

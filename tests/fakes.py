@@ -191,6 +191,16 @@ class FakeEngine:
             num_preemptions=0,
             num_prefix_queried_tokens=10 if self.num_steps == 1 else 0,
             num_prefix_hit_tokens=4 if self.num_steps == 1 else 0,
+            schedule_seconds=0.0005,
+            draft_seconds=0.001,
+            verify_seconds=0.0025,
+            wait_seconds=0.25,
+            undrafted_seconds=0.006,
+            num_sequences=1,
+            num_draft_tokens=part.round.num_draft if part.round else 0,
+            num_accepted_tokens=part.round.num_accepted if part.round else 0,
+            draft_lengths=(0,) * part.round.num_draft + (1,) if part.round else (1,),
+            num_cached_blocks=5,
         )
         for callback in self.callbacks:
             callback(stats)

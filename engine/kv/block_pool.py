@@ -35,6 +35,7 @@ class BlockPool:
         self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._valid = [Model(0)] * num_blocks
+        self._num_cached = 0
 
     @property
     def num_free(self) -> int:
@@ -43,6 +44,11 @@ class BlockPool:
     @property
     def num_used(self) -> int:
         return self.num_blocks - len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks that are published: their KV can still be found."""
+        return self._num_cached
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` positions."""
@@ -75,6 +81,7 @@ class BlockPool:
         for block in blocks:
             if self._refs[block] == 0:
                 del self._free[block]
+                self._num_cached -= 1
             self._refs[block] += 1
         seq.block_table.extend(blocks)
 
@@ -120,7 +127,9 @@ class BlockPool:
             self._refs[block] -= 1
             if self._refs[block] == 0:
                 self._free[block] = None
-                if block not in self._key_of:
+                if block in self._key_of:
+                    self._num_cached += 1
+                else:
                     self._free.move_to_end(block, last=False)
 
     def _take(self) -> int:
@@ -128,6 +137,7 @@ class BlockPool:
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
+            self._num_cached -= 1
         self._valid[block] = Model(0)
         self._refs[block] = 1
         return block
@@ -138,6 +148,7 @@ class BlockPool:
         held = Counter(block for seq in live for block in seq.block_table)
         assert all(self._refs[block] == held[block] for block in range(self.num_blocks)), "a reference count is off"
         assert held.keys().isdisjoint(self._free), "a held block is free"
+        assert self._num_cached == len(self._key_of.keys() & self._free.keys()), "the count of cached blocks is off"
         assert len(self._free) + len(held) == self.num_blocks, "a block is lost"
         assert {block: key for key, block in self._block_of.items()} == self._key_of, "content keys and blocks disagree"
         assert all(Model.TARGET in self._valid[block] for block in self._key_of), "a block was published before it was computed"

@@ -18,6 +18,7 @@ from bisect import insort_left, insort_right
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from engine.kv.block_pool import BlockPool, Model
 from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, StepPlan, Verdict
@@ -32,6 +33,15 @@ class SchedulerCounters:
     num_preemptions: int = 0
     num_prefix_queried_tokens: int = 0
     num_prefix_hit_tokens: int = 0
+
+
+class WaitingFor(NamedTuple):
+    """How many wait, by what for, as the last plan left them."""
+
+    place: int = 0  # as many as may run did
+    memory: int = 0  # too few blocks were free
+    leader: int = 0  # another sequence was computing the blocks that they need
+    budget: int = 0  # the step's tokens were given out
 
 
 @dataclass(slots=True)
@@ -69,6 +79,7 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # both: the most important first, and of these the oldest
         self.running: list[Sequence] = []
+        self.waiting_for = WaitingFor()
         self._limits = limits
         self._leaders = _Leaders()
         self._by_request: dict[str, dict[int, Sequence]] = {}
@@ -121,22 +132,33 @@ class Scheduler:
             index += num_placed > 0  # 0: it was itself preempted, the last of the list
         if self.counters.num_preemptions == preemptions:  # else memory is short, and who was just preempted would come back
             left -= self._admit_waiting(left, plan)
+        else:
+            self.waiting_for = WaitingFor(memory=len(self.waiting))
         return StepPlan(tuple(self._with_drafts(plan, left)))
 
     def _admit_waiting(self, budget: int, plan: list[Chunk]) -> int:
         """Start waiting sequences, in their order, but for those that wait for a leader. Returns the tokens given out."""
-        left, index = budget, 0
+        left, index, is_short = budget, 0, False
         while left and index < len(self.waiting) and len(self.running) < self._limits.max_sequences:
             seq = self.waiting[index]
             hit = self.pool.match(seq)
             if self._is_led(seq, len(hit)):
                 index += 1
                 continue
-            if not self._admit(seq, hit, left):
+            if is_short := not self._admit(seq, hit, left):
                 break
             del self.waiting[index]
             left -= self._place(seq, left, plan)
+        self.waiting_for = self._reasons(index, is_short)
         return budget - left
+
+    def _reasons(self, num_led: int, is_short: bool) -> WaitingFor:
+        """Why the others wait, where so many wait for a leader. Those behind one that cannot start wait for what it waits for."""
+        num = len(self.waiting) - num_led
+        if is_short:
+            return WaitingFor(memory=num, leader=num_led)
+        is_full = len(self.running) >= self._limits.max_sequences
+        return WaitingFor(place=num, leader=num_led) if is_full else WaitingFor(leader=num_led, budget=num)
 
     def _is_led(self, seq: Sequence, next_index: int) -> bool:
         """Whether the first block that the sequence would compute is being computed right now by another one, as important or more."""

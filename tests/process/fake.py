@@ -93,4 +93,4 @@ class FakeCore:
 
     def _stats(self) -> StepStats:
         counts = dict.fromkeys(StepStats.__struct_fields__, 0) | {"num_running": len(self._open), "num_used_blocks": len(self._open)}
-        return StepStats(**counts | {"step_seconds": self._delay})  # type: ignore[arg-type]
+        return StepStats(**counts | {"step_seconds": self._delay, "draft_lengths": ()})  # type: ignore[arg-type]

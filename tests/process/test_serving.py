@@ -133,7 +133,7 @@ from server.listener import bind
 from server.settings import Deployment
 from tests.process.fake import FACTORY, make_config
 
-server.launch._engine = lambda deployment, say: ProcessClient(make_config(SCRIPT), progress=say, factory=FACTORY)
+server.launch._engine = lambda deployment, say, factory: ProcessClient(make_config(SCRIPT), progress=say, factory=FACTORY)
 server_settings = {"port": 0, "drain_seconds": 20}
 deployment = Deployment.model_validate({"model": {"name": "tiny", "target": {"source": "x"}}, "server": server_settings})
 server.launch.run(deployment, bind(deployment.server), lambda text: print(text, flush=True))

@@ -49,7 +49,9 @@ async def test_a_file_alone_closes_every_route(folder: Path, keys_file: Path) ->
                 assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer"), (method, path)
         for path in ("/health", "/ready"):
             assert (await served.http.get(path)).status_code == 200
-        assert (await served.http.get("/")).status_code == 404, "the page's place is open"
+        for path in ("/", "/web/main.js"):
+            assert (await served.http.get(path)).status_code == 200, "the page is open: a key is given in it"
+        assert (await served.http.get("/web/absent.js")).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,14 @@ def test_structured_answer(server: subprocess.Popen[bytes]) -> None:
     assert card["country"] in ("France", "Spain", "Italy")
 
 
+def test_tools(server: subprocess.Popen[bytes]) -> None:
+    done = subprocess.run(["bash", "-euc", block("bash", "get_weather")], capture_output=True, timeout=120, check=True)
+    choice = json.loads(done.stdout)["choices"][0]
+    message = choice["message"]
+    assert (choice["finish_reason"] == "tool_calls") == bool(message.get("tool_calls"))
+    assert message["content"] or message["tool_calls"]
+
+
 def test_openai_sdk(server: subprocess.Popen[bytes]) -> None:
     done = subprocess.run([sys.executable, "-c", block("python")], capture_output=True, timeout=120, check=True, text=True)
     text, _, numbers = done.stdout.rpartition("\n ")

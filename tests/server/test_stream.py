@@ -75,7 +75,7 @@ async def test_a_client_that_leaves_frees_its_sequences(folder: Path, stream: bo
         assert served.engine.num_steps - steps <= 2 * len(served.engine.requests)
         assert len(served.engine.aborted) == 2 * len(served.engine.requests)
         assert served.app.state.draining.num_running == 0
-        assert b'finish_reason="abort",model="tiny",preset=""} 2' in served.app.state.metrics.exposition() or prompt != "hello"
+        assert b'finish_reason="abort",model="tiny",preset=""} 2' in served.app.state.metrics.exposition(True) or prompt != "hello"
 
 
 async def read(client: httpx.AsyncClient, body: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class ScriptedCore:
         return StepOutput(deltas=tuple(deltas), stats=msgspec.convert(_STATS, StepStats))
 
 
-_STATS = dict.fromkeys(StepStats.__struct_fields__, 0)
+_STATS = dict.fromkeys(StepStats.__struct_fields__, 0) | {"draft_lengths": ()}
 
 
 @asynccontextmanager
