@@ -13,7 +13,7 @@ from pathlib import Path
 
 from playwright.async_api import Page, async_playwright
 
-PROMPT = "How do I boil an egg?"
+PROMPT = "Give me three tips for sleeping well."
 
 
 async def take(url: str, path: Path, prompt: str = PROMPT) -> None:
@@ -29,10 +29,10 @@ async def take(url: str, path: Path, prompt: str = PROMPT) -> None:
 
 
 async def compare(page: Page, prompt: str) -> None:
-    """Exact verification beside the preset `fast`, the second also with a token's probabilities."""
+    """Exact verification beside a cascade, and what is known of one of the cascade's tokens."""
     await page.click("#compare")
     await page.get_by_label("Preset (A)").select_option(label="exact")
-    await page.get_by_label("Preset (B)").select_option(label="fast")
+    await page.get_by_label("Rule (B)").select_option("token_v3")
     for side in "AB":
         await page.get_by_label(f"Max tokens ({side})").fill("72")
     await page.check("#probabilities")
@@ -41,7 +41,7 @@ async def compare(page: Page, prompt: str) -> None:
     await page.press("#prompt", "Enter")
     await page.wait_for_selector(".answer[data-side=B][data-state=done]")
     await page.locator("#talk").evaluate("talk => talk.scrollTo(0, 0)")
-    await page.locator("[data-side=B] .token.lossy").first.hover()
+    await page.locator("[data-side=B] .token.lossy").last.hover()
 
 
 if __name__ == "__main__":
