@@ -13,7 +13,7 @@ from pathlib import Path
 
 from playwright.async_api import Page, async_playwright
 
-PROMPT = "Give me three tips for sleeping well."
+PROMPT = "Write a short poem about the sea."
 
 
 async def take(url: str, path: Path, prompt: str = PROMPT) -> None:
