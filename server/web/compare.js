@@ -14,8 +14,14 @@ export function markParting(a, b, areComplete) {
   const offset = partingOf(a.text, b.text, areComplete);
   a.markAt(offset);
   b.markAt(offset);
-  if (offset !== null) return `The texts part after ${tokensBefore(a, offset)} tokens of A and ${tokensBefore(b, offset)} of B.`;
+  if (offset !== null) return said(tokensBefore(a, offset), tokensBefore(b, offset));
   return areComplete ? "The two texts are the same." : "";
+}
+
+function said(a, b) {
+  if (a === 0 && b === 0) return "The texts part at their first token.";
+  const counted = `${a} ${a === 1 ? "token" : "tokens"}`;
+  return a === b ? `The texts part after ${counted}.` : `The texts part after ${counted} of A and ${b} of B.`;
 }
 
 function tokensBefore(text, offset) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import pty
 import re
@@ -12,9 +13,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from engine.errors import QueueFull
 from engine.request import Round
+from server.terminal.chat import Terminal
 from server.text import TextTokenizer
 from tests.fakes import Part
 from tests.server.conftest import Served, make_deployment, serve_socket, until
@@ -182,6 +185,13 @@ async def test_an_error_is_said_and_the_conversation_goes_on(served: Served) -> 
         await screen.shows("tokens/s")
         screen.type("\x04")
         assert await asyncio.wait_for(screen.process.wait(), 20) == 0
+
+
+def test_what_a_server_says_cannot_command_the_terminal() -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True)
+    Terminal(sys.stdin, console, console).remark("no model \x1b]0;owned\x07 here")
+    assert "no model ␛]0;owned␇ here" in written.getvalue()
 
 
 async def test_what_a_model_writes_cannot_command_the_terminal(served: Served, tokenizer: TextTokenizer) -> None:

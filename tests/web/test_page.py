@@ -197,6 +197,15 @@ async def test_a_key_is_asked_for_and_kept_for_the_tab(browser: Browser, folder:
         await page.wait_for_selector("#key-dialog[open]")
 
 
+async def test_a_key_that_no_longer_counts_is_asked_for_again(site: Site) -> None:
+    site.expected = "status of 401"
+    body = '{"error": {"message": "Incorrect API key.", "type": "invalid_request_error", "param": null, "code": "invalid_api_key"}}'
+    await site.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=401, body=body))
+    await site.ask()
+    await site.ends("failed")
+    assert await site.page.inner_text("#key-dialog[open] #key-reason") == "Incorrect API key."
+
+
 async def test_it_waits_for_a_model_that_is_being_loaded(browser: Browser, folder: Path) -> None:
     loaded = asyncio.Event()
 

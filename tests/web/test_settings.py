@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -84,6 +85,24 @@ async def test_every_setting_is_sent(site: Site) -> None:
     sampling = site.served.engine.requests[-1].sampling
     assert (sampling.temperature, sampling.seed, sampling.is_seeded, sampling.max_tokens) == (0.7, 42, True, 5)
     assert await answer.locator("h2").inner_text() == "tiny:plain · lossy 0.35, up to 3 drafts · temperature 0.7"
+
+
+async def test_another_preset_undoes_what_was_set_for_drafting(site: Site) -> None:
+    await site.page.get_by_label("Draft ahead").uncheck()
+    await choose(site, "Preset", "tiny:fast")
+    assert await sent(site) == {"provenance": True}
+    await choose(site, "Rule", "lossy")
+    await choose(site, "Alpha", "0.4")
+    await choose(site, "Rule", "bild")
+    assert await sent(site) == {"provenance": True, "rule": "bild"}, "nor does another rule keep the alpha"
+
+
+async def sent(site: Site) -> Any:
+    """What the page's next request says of drafting."""
+    async with site.page.expect_request("**/v1/chat/completions") as request:
+        await site.ask()
+    await site.page.wait_for_selector("#send:visible")
+    return json.loads((await request.value).post_data or "")["speculation"]
 
 
 async def test_the_slider_and_the_number_are_one_dial(site: Site) -> None:
