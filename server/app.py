@@ -133,6 +133,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.draining.detach()
         loading.cancel()
         await app.state.engine.close()
+        if app.state.serving is not None:
+            app.state.serving.grammars.close()
         await app.state.traces.close()
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +45,27 @@ class Checker:
     def __init__(self, folder: Path, end_token_ids: tuple[int, ...]):
         """`folder` holds the model's tokenizer. It is read when the first grammar comes."""
         self._vocabulary = cache(lambda: Vocabulary.from_folder(folder, end_token_ids))
-        self._checked = lru_cache(_NUM_CHECKED)(self._check)
+        self._known: OrderedDict[str, str] = OrderedDict()  # mistakes, the newest last
+        self._worker = ThreadPoolExecutor(1, "grammar-check")  # one at a time: nobody's schemas take the cores of all others
 
     async def mistake_in(self, grammar: str) -> str:
         """In the library's words; "" for none. Takes a millisecond, or a second for something monstrous: so it has a thread."""
-        return await asyncio.to_thread(self._checked, grammar)
+        known = self._known.get(grammar)
+        return known if known is not None else await asyncio.get_running_loop().run_in_executor(self._worker, self._check, grammar)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._worker.shutdown(wait=False)
 
     def _check(self, grammar: str) -> str:
+        if (known := self._known.get(grammar)) is not None:  # another request has asked meanwhile
+            return known
         vocabulary = self._vocabulary()
-        return "this model's tokens cannot be read" if vocabulary is None else vocabulary.mistake_in(grammar)
+        mistake = "this model's tokens cannot be read" if vocabulary is None else vocabulary.mistake_in(grammar)
+        self._known[grammar] = mistake
+        if len(self._known) > _NUM_CHECKED:
+            self._known.popitem(last=False)
+        return mistake
 
 
 async def grammar_of_structure(structure: Structure, checker: Checker) -> str:
