@@ -87,7 +87,7 @@ def _every(setting: Setting) -> float:
 
 def _watched(setting: Setting, is_twice: bool) -> list[dict[str, Any]]:
     """What scraping.py says of each repetition, and the seconds of its streams; where it is twice, also those of the same without."""
-    config, num_tokens = setting.engine({"engine.max_sequences": NUM_STREAMS}), setting.size(6000, 100)
+    config, num_tokens = setting.engine({"engine.max_sequences": NUM_STREAMS}), setting.size(6000, 20)
     fields: dict[str, Any] = {"max_tokens": num_tokens, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
     body, found = _body(config.model.name, **fields), list[dict[str, Any]]()
     with serve(config, _PRETENDING) as served, asyncio.Runner() as runner:

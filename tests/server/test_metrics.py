@@ -164,11 +164,12 @@ def test_goodput_is_of_answers_that_met_all() -> None:
     of.answer_done(record_of(11, 10.5, 11.0), "stop", 10.0, 0.0)
     of.answer_done(record_of(50, 11.5, 12.0), "stop", 10.0, 0.0)
     of.answer_done(record_of(3, 10.1, 10.2), "error", 10.0, 0.0)
+    of.answer_done(record_of(3, 10.1, 10.2), "timeout", 10.0, 0.0)
     found = values_of(metrics.exposition(True).decode())
     assert found["cascade_good_generation_tokens_total"][()] == 11
     results = found["cascade_objective_requests_total"]
     assert results[("objective", "all"), ("result", "met")] == 1
-    assert results[("objective", "first_token"), ("result", "missed")] == 2
+    assert results[("objective", "first_token"), ("result", "missed")] == 3
 
 
 def test_loops_have_few_different_tokens() -> None:
@@ -186,6 +187,7 @@ def test_counters_begin_at_zero_so_that_rates_see_the_first_event() -> None:
     assert found["cascade_engine_restarts_total"] == found["cascade_preemptions_total"] == {(): 0}
     assert set(found["cascade_step_phase_seconds_total"].values()) == {0}
     assert found["cascade_requests_total"][(("finish_reason", "error"),)] == 0
+    assert found["cascade_requests_total"][(("finish_reason", "timeout"),)] == 0
     assert found["cascade_ready"][()] == 0
 
 

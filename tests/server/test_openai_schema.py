@@ -164,7 +164,7 @@ SCRIPTS = st.builds(
 
 
 @given(st.lists(st.tuples(SCRIPTS, REQUESTS), min_size=20, max_size=20))
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_whatever_is_asked_the_answer_has_openais_shape(folder: Path, asked: list[tuple[Script, tuple[str, dict[str, Any]]]]) -> None:
     async def ask_all() -> None:
         async with serve(folder) as served:

@@ -63,6 +63,12 @@ async def test_other_paths_do_not_become_shorter(folder: Path) -> None:
         assert (await served.http.get("/llm/health")).status_code == 404
 
 
+async def test_the_page_is_served_under_the_root_path_too(folder: Path) -> None:
+    async with serve(folder, make_deployment(root_path="/llm", api_keys=["secret"])) as served:
+        for path in ("/llm/", "/llm/web/main.js", "/llm/web/style.css"):
+            assert (await served.http.get(path)).status_code == 200, path
+
+
 async def test_the_root_path_leads_around_no_key(folder: Path) -> None:
     async with serve(folder, make_deployment(root_path="/llm", api_keys=["secret"])) as served:
         for path in ("/llm/v1/models", "/llm/openapi.json", "/llm//v1/models", "/v1/models"):
@@ -154,6 +160,7 @@ def test_a_certificate_is_tried_before_anything_is_loaded(tmp_path: Path) -> Non
         ("root_path: /llm/", "server.root_path: '/llm/' - a path begins with a slash"),
         ("root_path: /", "server.root_path: '/' - a path begins with a slash"),
         ("root_path: /v1", "server.root_path: '/v1' - this server's own paths begin like that"),
+        ("root_path: /web", "server.root_path: '/web' - this server's own paths begin like that"),
         ("root_path: /health/llm", "server.root_path: '/health/llm' - this server's own paths begin like that"),
         ("trusted_proxies: [proxy.local]", "server.trusted_proxies.0: 'proxy.local' - must be an address such as 10.0.0.7"),
         ("trusted_proxies: [10.0.0.1/8]", "server.trusted_proxies.0: '10.0.0.1/8' - must be an address such as 10.0.0.7"),
