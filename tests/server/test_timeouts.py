@@ -107,8 +107,8 @@ async def test_a_body_that_comes_too_slowly_is_a_408(folder: Path, framing: byte
         writer.write(HEAD + framing)
         begin = time.monotonic()
 
-        async def drip() -> None:
-            while True:
+        async def drip() -> None:  # not longer: what comes behind an answer resets the connection
+            for _ in range(10):
                 writer.write(b" " if b"Length" in framing else b"1\r\n \r\n")
                 await asyncio.sleep(0.02)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 import pty
@@ -162,8 +163,12 @@ async def test_ctrl_c_stops_an_answer_and_then_the_conversation(served: Served, 
         await screen.shows("> ")
         screen.type("hello\r")
         await screen.shows("again again again")
-        os.kill(screen.process.pid, 2)
-        await screen.shows("Stopped.")
+        for _ in range(5):  # Python drops an interrupt that meets it in a finaliser; people press again
+            os.kill(screen.process.pid, 2)
+            with contextlib.suppress(TimeoutError):
+                await until(lambda: "Stopped." in screen.text, 5)
+                break
+        assert "Stopped." in screen.text
         await until(lambda: served.engine.aborted)
         screen.clear()
         screen.type("/settings\r")
