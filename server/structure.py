@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ class Checker:
     """Says of grammars whether answers of a model can be held to them, over the model's own tokens."""
 
     def __init__(self, folder: Path, end_token_ids: tuple[int, ...]):
-        """`folder` holds the model's tokenizer. It is read when the first grammar comes."""
-        self._vocabulary = cache(lambda: Vocabulary.from_folder(folder, end_token_ids))
+        """`folder` holds the model's tokenizer. It is read here: that takes half a second in which nobody else runs."""
+        self._vocabulary = Vocabulary.from_folder(folder, end_token_ids)
         self._known: OrderedDict[str, str] = OrderedDict()  # mistakes, the newest last
         self._worker = ThreadPoolExecutor(1, "grammar-check")  # one at a time: nobody's schemas take the cores of all others
 
@@ -60,8 +59,7 @@ class Checker:
     def _check(self, grammar: str) -> str:
         if (known := self._known.get(grammar)) is not None:  # another request has asked meanwhile
             return known
-        vocabulary = self._vocabulary()
-        mistake = "this model's tokens cannot be read" if vocabulary is None else vocabulary.mistake_in(grammar)
+        mistake = "this model's tokens cannot be read" if self._vocabulary is None else self._vocabulary.mistake_in(grammar)
         self._known[grammar] = mistake
         if len(self._known) > _NUM_CHECKED:
             self._known.popitem(last=False)
