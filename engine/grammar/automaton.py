@@ -53,9 +53,7 @@ class Vocabulary:
         if not path.is_file():
             return None
         try:
-            text = path.read_text("utf-8")
-            ends = tuple(token for token in end_token_ids if token < LLTokenizer(text).vocab_size)  # configs name tokens that are not there
-            return cls(LLTokenizer(text, eos_token=list(ends)), ends) if ends else None
+            return _read(path.read_text("utf-8"), end_token_ids)
         except ValueError as error:
             _log.warning("Answers of this model cannot be held to a grammar: %s", str(error).partition("\n")[0])
             return None
@@ -77,6 +75,18 @@ class Vocabulary:
             if token is not None and matcher.try_consume_tokens([token]):
                 matcher.rollback(1)
         return matcher.get_error().partition("\n<")[0]
+
+
+def _read(text: str, end_token_ids: tuple[int, ...]) -> Vocabulary | None:
+    """Once, which takes a third of a second, unless an end is named that is not there, as some configs do. Raises ValueError."""
+    try:
+        tokenizer = LLTokenizer(text, eos_token=list(end_token_ids) or None)
+    except ValueError:
+        known = tuple(token for token in end_token_ids if token < LLTokenizer(text).vocab_size)
+        if known == end_token_ids:  # it was something else
+            raise
+        return _read(text, known)
+    return Vocabulary(tokenizer, end_token_ids) if end_token_ids else None
 
 
 def _with_deep_stack(work: Callable[[], T]) -> T:
@@ -101,7 +111,7 @@ class _Run:
     path: list[int] = field(default_factory=list)  # then these: committed ones, and drafts that may still be rejected
     masks: dict[int, Mask] = field(default_factory=dict)  # by the number of tokens in front
     is_broken: bool = False
-    num_renewed: int = 0  # 1 + tokens of the answer at the last new beginning: one that brought nothing is the last
+    renewed_at: int = -1  # tokens of the answer at the last new beginning: one that brought nothing is the last
 
 
 class Automata:
@@ -167,8 +177,8 @@ class Automata:
         self._compiled.pop(seq.request.grammar, None)
         run.matcher = self._copy(seq.request.grammar)
         run.num_settled, run.path, run.masks = len(answer), [], {}
-        run.is_broken = run.num_renewed >= len(answer) + 1 or run.matcher.try_consume_tokens(answer) < len(answer) or run.matcher.is_error()
-        run.num_renewed = len(answer) + 1
+        run.is_broken = run.renewed_at == len(answer) or run.matcher.try_consume_tokens(answer) < len(answer) or run.matcher.is_error()
+        run.renewed_at = len(answer)
         return not run.is_broken
 
     def _copy(self, grammar: str) -> LLMatcher:

@@ -107,7 +107,7 @@ def watched_attention(
         if not _hides_the_same(attention_mask, past.num_tokens, sliding_window):
             raise UnsupportedModel(f"{watch.name}: layer {layer} hides other keys than those behind its window of {sliding_window}.")
         return torch.zeros_like(query).transpose(1, 2), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)  # type: ignore[no-any-return]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)  # type: ignore[no-any-return]  # transformers leaves it untyped
 
 
 def _hides_the_same(mask: Tensor | None, num_past: int, window: int | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from engine.plan import Foreseen
 from engine.request import Choice, Request, SamplingParams
 from engine.sequence import Sequence
 from tests.reference import predicted
+from tests.server.conftest import build_tokenizer
 
 LETTERS, END, OTHER_END, SIZE = 26, 26, 27, 29
 
@@ -192,3 +194,14 @@ def test_a_worn_parser_is_made_anew() -> None:
             assert allowed(automata, seq, []) >= {0, 1}
             seq.tokens.append(rng.randrange(2))
         assert not automata.is_broken(seq)
+
+
+def test_ends_that_a_tokenizer_does_not_have_are_left_out(tmp_path: Path) -> None:
+    build_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    for given, known in (((2,), (2,)), ((2, 10**6), (2,)), ((10**6,), None), ((), None)):
+        vocabulary = Vocabulary.from_folder(tmp_path, given)
+        assert (vocabulary.end_token_ids if vocabulary is not None else None) == known
+    (tmp_path / "tokenizer.json").write_text(
+        '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}', "utf-8"
+    )
+    assert Vocabulary.from_folder(tmp_path, (0,)) is None, "and what cannot be read costs grammars, not the start"
