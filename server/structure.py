@@ -116,4 +116,5 @@ _MAKERS: Mapping[str, Callable[[Structure], str]] = {"json": _json, "regex": _re
 
 
 def _refused(structure: Structure, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"Answers cannot be held to this {structure.kind}: {reason[:_LONGEST_REASON]}", structure.param)
+    told = reason.partition("\n   1 | start:")[0].removeprefix("at 1(8): ")  # the first line is ours, and tells a client nothing
+    return InvalidRequest(f"Answers cannot be held to this {structure.kind}: {told[:_LONGEST_REASON]}", structure.param)

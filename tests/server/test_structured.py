@@ -93,6 +93,7 @@ async def test_what_cannot_be_held_to_is_refused_with_the_reason(served: Served,
     error = error_of(await served.chat(**fields), 400)
     assert error["param"] == param
     assert reason in error["message"]
+    assert "%json" not in error["message"], "what the server wrote is no news"
     assert not served.engine.requests
 
 
