@@ -108,7 +108,7 @@ def evaluate(
     ] = None,
     tolerance: Annotated[
         float, typer.Option(metavar="X", min=0, help="A loss of quality that is none, in nats a token or as a share of right answers.")
-    ] = 0.0,
+    ] = 0.05,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="humaneval runs programs that a model wrote, in a sandbox.")
     ] = False,

@@ -145,19 +145,18 @@ class Quality:
     """What a point may not lose."""
 
     measure: str  # one of MEASURES
-    tolerance: float = 0.0  # in its unit; a loss of up to so much is none
+    tolerance: float  # in its unit; a loss of up to so much is none
     end_token_ids: tuple[int, ...] = ()
 
     @property
     def criterion(self) -> str:
         measure = MEASURES[self.measure]
-        beyond = f" by more than {self.tolerance:g}" if self.tolerance else ""
         return (
             f"Recommended is the point with the lowest {MEASURES[TIME].title} of those that are significantly faster than exact, whose "
-            f"{measure.title} ({measure.better} is better) is not significantly worse than exact's{beyond}, and that neither repeat "
-            "themselves nor run on significantly more than exact; where there is none, exact. Significantly: the 95 % bootstrap interval "
-            "over prompts of the paired difference (of the paired factor, for times) lies on one side as a whole. What few prompts cannot "
-            "show counts as no loss, so a recommendation is worth as much as its number of prompts."
+            f"{measure.title} ({measure.better} is better) is shown to be worse than exact's by at most {self.tolerance:g}, and that neither "
+            "repeat themselves nor run on significantly more than exact; where there is none, exact. Shown, significantly: the 95 % bootstrap "
+            "interval over prompts of the paired difference (of the paired factor, for times) lies on that side as a whole. With few prompts "
+            "intervals are wide, and little but exact can be recommended."
         )
 
 
@@ -165,7 +164,7 @@ def recommend(table: Sequence[PointFigures], quality: Quality) -> Recommendation
     """By the criterion."""
     faster = {figures.point: over for figures in table if figures.refusal is None and (over := figures.over_exact[TIME]) is not None}
     if not faster:
-        return Recommendation(EXACT.label, "No other point is significantly faster than exact without a significant loss.")
+        return Recommendation(EXACT.label, "No other point is shown to be faster than exact and as good.")
     best = min(faster, key=lambda point: faster[point].median)
     time, loss = faster[best], next(figures for figures in table if figures.point == best).over_exact[quality.measure]
     assert loss is not None, "what has no quality is refused"
@@ -227,7 +226,7 @@ def _refusal(point: Point, over_exact: Mapping[str, Estimate | None], quality: Q
     if value is None or time is None:
         return "not measured"
     if _loss(value, quality.measure) > quality.tolerance:
-        return f"worse {MEASURES[quality.measure].title}"
+        return f"not shown to be as good in {MEASURES[quality.measure].title}"
     for name, reason in ((REPETITION, "repeats itself more"), (LENGTH, "runs on longer")):
         change = over_exact[name]
         if change is not None and change.low > 0:
@@ -236,5 +235,5 @@ def _refusal(point: Point, over_exact: Mapping[str, Estimate | None], quality: Q
 
 
 def _loss(change: Estimate, measure: str) -> float:
-    """How much is lost at least, by the interval."""
-    return change.low if MEASURES[measure].better == "lower" else -change.high
+    """How much may be lost, by the interval."""
+    return change.high if MEASURES[measure].better == "lower" else -change.low
