@@ -13,6 +13,7 @@ et al. 2017, equation 9), the weight that of prediction by partial matching (Cle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as ListLike
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from engine.draft.lookup import SuffixIndex
 from engine.sequence import Sequence
+from engine.transfer import to_device
 
 LENGTHS = (4, 2)  # a run of one token is followed by the same one in every eighth to fifth place only
 LONGEST = 16  # tokens that are compared
@@ -39,10 +41,10 @@ class Copying:
         found = [(row, *copy) for row, (seq, ids) in enumerate(zip(seqs, drafts, strict=True)) if (copy := self._copy(seq, ids))]
         if found:
             rows, tokens, odds = zip(*found, strict=True)
-            at = list(rows), list(tokens)
+            at = tuple(to_device([rows, tokens], logits.device).unbind())
             chosen = logits if len(rows) == len(logits) else logits[at[0]]
             total = chosen.amax(-1) - chosen.softmax(-1).amax(-1).log()  # torch's logsumexp takes ten times as long where most are absent
-            added = torch.tensor(odds, dtype=torch.float64).log().to(logits.device, logits.dtype) + total
+            added = to_device([math.log(odd) for odd in odds], logits.device, logits.dtype) + total
             logits[at] = torch.logaddexp(logits[at], added)
         return logits
 

@@ -7,6 +7,7 @@ which all drafts stood. It catches up inside `propose`, under its own budget, ol
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -21,6 +22,7 @@ from engine.plan import CERTAIN, Chunk, DraftBatch, Drafting, DraftLengthPolicy,
 from engine.sampling.distributions import Distributions
 from engine.sampling.draws import Purpose, draw, uniforms
 from engine.sequence import Sequence
+from engine.transfer import to_device
 
 
 @dataclass(eq=False, slots=True)
@@ -86,7 +88,7 @@ class _Table:
     def write(self, draft: _Draft, start: int) -> None:
         """Enter the drafts of a row from `start` on, which are known here."""
         if draft.num_drafted > start:
-            self.ids[draft.row, start : draft.num_drafted] = torch.tensor(draft.ids[start:], device=self.ids.device)
+            self.ids[draft.row, start : draft.num_drafted] = to_device(draft.ids[start:], self.ids.device)
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class ModelDrafter:
             if draft.chunk.completes and draft.computed == draft.position:
                 rows.append(len(ids) - 1)
                 ready.append(draft)
-        logits = self._model.forward(segments, torch.tensor(ids, dtype=torch.long, device=self._model.stack.device), rows)
+        logits = self._model.forward(segments, to_device(ids, self._model.stack.device, torch.long), rows)
         return logits, ready, budget
 
     # ------------------------------------------------------------------ drafting
@@ -207,8 +209,8 @@ class ModelDrafter:
         device, vocab = self._model.stack.device, self._model.vocab_size
         dtype = torch.promote_types(self._model.stack.dtype, torch.float32)
         shape = (len(emitting), longest + 1, vocab)
-        keys = torch.tensor([[d.seq.key] for d in emitting], dtype=torch.long, device=device).view(-1, 1)
-        first = torch.tensor([[len(d.seq.tokens)] for d in emitting], dtype=torch.long, device=device).view(-1, 1)
+        keys = to_device([d.seq.key for d in emitting], device, torch.long).view(-1, 1)
+        first = to_device([len(d.seq.tokens) for d in emitting], device, torch.long).view(-1, 1)
         table = _Table(
             drafts=emitting,
             numbers=uniforms(keys, first + torch.arange(longest, device=device), Purpose.DRAFT),
@@ -231,7 +233,7 @@ class ModelDrafter:
             draft_ids=table.ids,
         )
         rows: Rows = self._distributions.of(logits, batch)
-        at = [d.row for d in drafts], [d.num_drafted for d in drafts]
+        at = _places([(d.row, d.num_drafted) for d in drafts], table)
         table.probs[at] = rows.probs
         if table.logits is not None and rows.logits is not None:
             table.logits[at] = rows.logits
@@ -244,7 +246,7 @@ class ModelDrafter:
 
     def _extend(self, table: _Table, drafts: list[_Draft]) -> int:
         """Draft one more token for each, and run those behind which a row is wanted. Returns the tokens run or drawn."""
-        at = tuple(torch.tensor([[d.row, d.num_drafted] for d in drafts], device=table.ids.device).unbind(-1))
+        at = _places([(d.row, d.num_drafted) for d in drafts], table)
         drawn = draw(table.probs[at], table.numbers[at])
         table.ids[at] = drawn
         self._note(drafts, drawn)
@@ -273,7 +275,7 @@ class ModelDrafter:
         """Run the drafts that were made last, for the rows behind them."""
         segments = [Segment(d.seq.block_table, d.computed, d.position - d.computed) for d in drafts]
         at = [(d.row, i) for d in drafts for i in range(d.computed - len(d.seq.tokens), d.num_drafted)]
-        rows, columns = torch.tensor(at, device=table.ids.device).unbind(-1)
+        rows, columns = _places(at, table)
         ends = accumulate(segment.num_tokens for segment in segments)
         logits = self._model.forward(segments, table.ids[rows, columns], [end - 1 for end in ends])
         for draft in drafts:
@@ -300,6 +302,12 @@ class ModelDrafter:
             num_rows=sum(max(0, d.computed - d.chunk.seq.drafter_computed) for d in drafts),
             predicted_masks=tuple(d.predicted_mask for d in table.drafts),
         )
+
+
+def _places(at: ListLike[tuple[int, int]], table: _Table) -> tuple[Tensor, Tensor]:
+    """Rows and columns of a table, as an index on its device."""
+    rows, columns = to_device(at, table.ids.device).unbind(-1)
+    return rows, columns
 
 
 def _padded(kinds: list[QKind], width: int) -> list[int]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.grammar.automaton import Automata
 from engine.plan import RowBatch
+from engine.transfer import to_device
 
 
 class GrammarMasks:
@@ -35,5 +36,8 @@ class GrammarMasks:
         packed = torch.from_numpy(np.unpackbits(bits, axis=-1, count=min(width, 8 * bits.shape[-1]), bitorder="little")).bool()
         allowed = torch.zeros(len(known), width, dtype=torch.bool)  # a model may have more tokens than its tokenizer knows
         allowed[:, : packed.shape[-1]] = packed
-        masked = logits[at].masked_fill(~allowed.to(logits.device), -torch.inf)
-        return masked if len(at) == len(logits) else logits.index_copy(0, torch.tensor(at, device=logits.device), masked)
+        forbidden = ~to_device(allowed, logits.device)
+        if len(at) == len(logits):
+            return logits.masked_fill(forbidden, -torch.inf)
+        place = to_device(at, logits.device)
+        return logits.index_copy(0, place, logits[place].masked_fill(forbidden, -torch.inf))

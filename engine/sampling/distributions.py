@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.plan import LogitsProcessor, RowBatch, Rows
 from engine.request import SamplingParams
 from engine.sampling.draws import favourites
+from engine.transfer import to_device
 
 # top-p looks at this many tokens first: a full sort of 49,152 costs ten times as much, and few rows need it
 _NUM_TOP = 1024
@@ -44,13 +45,15 @@ def probabilities(logits: Tensor, params: ListLike[SamplingParams]) -> Tensor:
     greedy = [i for i, s in enumerate(params) if s.is_greedy]
     if len(greedy) == len(params):
         return _one_hot(logits)
-    temperatures = torch.tensor([1.0 if s.is_greedy else s.temperature for s in params], dtype=logits.dtype, device=logits.device)
+    temperatures = to_device([1.0 if s.is_greedy else s.temperature for s in params], logits.device, logits.dtype)
     probs = torch.softmax(logits / temperatures.unsqueeze(-1), dim=-1)
     cut = [i for i, s in enumerate(params) if not s.is_greedy and (s.top_k or s.top_p < 1 or s.min_p)]
     if cut:
-        probs[cut] = _truncated(probs[cut], [params[i] for i in cut])
+        at = to_device(cut, probs.device)
+        probs[at] = _truncated(probs[at], [params[i] for i in cut])
     if greedy:
-        probs[greedy] = _one_hot(logits[greedy])
+        at = to_device(greedy, probs.device)
+        probs[at] = _one_hot(logits[at])
     return probs
 
 
@@ -65,9 +68,9 @@ def _truncated(probs: Tensor, params: ListLike[SamplingParams]) -> Tensor:
     on how a sort breaks ties, nor on which other rows are in the batch.
     """
     vocab = probs.shape[-1]
-    top_k = torch.tensor([min(s.top_k or vocab, vocab) for s in params], device=probs.device)
-    top_p = torch.tensor([s.top_p for s in params], dtype=torch.float64, device=probs.device)
-    min_p = torch.tensor([s.min_p for s in params], dtype=probs.dtype, device=probs.device)
+    top_k = to_device([min(s.top_k or vocab, vocab) for s in params], probs.device)
+    top_p = to_device([s.top_p for s in params], probs.device, torch.float64)
+    min_p = to_device([s.min_p for s in params], probs.device, probs.dtype)
     num_top = min(vocab, max(_NUM_TOP, *(s.top_k for s in params)))
     threshold, is_covered = _threshold(probs, top_k, top_p, num_top)
     if num_top < vocab and not bool(is_covered.all()):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.plan import RowBatch, Verdict
 from engine.request import TokenLogprobs
+from engine.transfer import to_device
 
 
 def logprobs_of(logits: Tensor, rows: RowBatch, verdict: Verdict) -> list[tuple[TokenLogprobs, ...]]:
@@ -33,7 +34,9 @@ def logprobs_of(logits: Tensor, rows: RowBatch, verdict: Verdict) -> list[tuple[
     if not chosen:
         return [()] * len(first)
     windows, places, tokens = zip(*chosen, strict=True)
-    for window, token in zip(windows, _of_rows(logits[list(places)], tokens, max(num for num in wanted if num is not None)), strict=True):
+    for window, token in zip(
+        windows, _of_rows(logits[to_device(places, logits.device)], tokens, max(num for num in wanted if num is not None)), strict=True
+    ):
         found[window].append(_cut(token, wanted[window] or 0))
     return [tuple(tokens) for tokens in found]
 
@@ -41,7 +44,7 @@ def logprobs_of(logits: Tensor, rows: RowBatch, verdict: Verdict) -> list[tuple[
 def _of_rows(logits: Tensor, tokens: ListLike[int], num_top: int) -> list[TokenLogprobs]:
     """One token of each row of logits [N, V], with the `num_top` likeliest of the row."""
     log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-    own = log_p.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1))
+    own = log_p.gather(-1, to_device(tokens, logits.device).unsqueeze(-1))
     top = log_p.topk(min(num_top, log_p.shape[-1]), dim=-1)
     values, ids = torch.cat([own, top.values], dim=-1).tolist(), top.indices.tolist()
     return [TokenLogprobs(value, tuple(zip(row_ids, row, strict=True))) for (value, *row), row_ids in zip(values, ids, strict=True)]

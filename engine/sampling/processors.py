@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.plan import LogitsProcessor, RowBatch
 from engine.request import SamplingParams
 from engine.sequence import Sequence
+from engine.transfer import to_device
 
 
 class MinTokens:
@@ -38,7 +39,7 @@ class MinTokens:
                 tokens += ends
         if not tokens:
             return logits
-        return logits.index_put(_at(logits, at_rows, tokens), logits.new_tensor(-torch.inf))
+        return logits.index_put(_at(logits, at_rows, tokens), logits.new_full((), -torch.inf))
 
 
 class LogitBias:
@@ -51,7 +52,7 @@ class LogitBias:
         if not entries:
             return logits
         at_rows, tokens, biases = zip(*entries, strict=True)
-        return logits.index_put(_at(logits, at_rows, tokens), logits.new_tensor(biases), accumulate=True)
+        return logits.index_put(_at(logits, at_rows, tokens), to_device(biases, logits.device, logits.dtype), accumulate=True)
 
 
 class Penalties:
@@ -100,7 +101,7 @@ def _count(logits: Tensor, seq: Sequence, rows: list[int], drafts: list[list[int
     emitted = Counter(seq.tokens[len(seq.request.prompt_ids) :])
     if emitted:
         penalties = [count * sampling.frequency_penalty + sampling.presence_penalty for count in emitted.values()]
-        logits[_at(logits, rows, list(emitted), crosswise=True)] -= logits.new_tensor(penalties)
+        logits[_at(logits, rows, list(emitted), crosswise=True)] -= to_device(penalties, logits.device, logits.dtype)
     new = [
         (row, token, count * sampling.frequency_penalty + (0.0 if token in emitted else sampling.presence_penalty))
         for row, ids in zip(rows, drafts, strict=True)
@@ -108,10 +109,10 @@ def _count(logits: Tensor, seq: Sequence, rows: list[int], drafts: list[list[int
     ]
     if new:
         at_rows, tokens, more = zip(*new, strict=True)
-        logits[_at(logits, at_rows, tokens)] -= logits.new_tensor(more)
+        logits[_at(logits, at_rows, tokens)] -= to_device(more, logits.device, logits.dtype)
 
 
 def _at(logits: Tensor, rows: ListLike[int], tokens: ListLike[int], crosswise: bool = False) -> tuple[Tensor, Tensor]:
     """An index: pair by pair, or every row with every token."""
-    found = torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)
+    found = to_device(rows, logits.device), to_device(tokens, logits.device)
     return (found[0].unsqueeze(-1), found[1]) if crosswise else found

@@ -24,8 +24,7 @@ class BlockVerifier(Verifier):
     """Verifies each window as a whole. i counts drafts that stand, b_i is what is left of their weight, h_i the chance that i pass."""
 
     def _decide(self, window: Window, pi: Mixture) -> tuple[Tensor, Tensor, Tensor]:
-        everywhere = torch.arange(len(window.kinds), device=window.device)
-        pi_rows, q_rows = pi.full(everywhere), window.q_rows(everywhere)
+        pi_rows, q_rows = pi.full(window.everywhere), window.q_rows(window.everywhere)
         weight = self._weights(window, pi_rows)  # [R] b_i at the row behind i drafts
         rest = (weight.unsqueeze(-1) * pi_rows - q_rows).clamp(min=0)
         num_accepted = self._longest(window, weight, rest.sum(-1))
@@ -37,8 +36,7 @@ class BlockVerifier(Verifier):
 
     def _weights(self, window: Window, pi_rows: Tensor) -> Tensor:
         """b_0 = 1, b_{i+1} = min(1, b_i * pi(x_i) / q(x_i))."""
-        everywhere = torch.arange(len(window.kinds), device=window.device)
-        ratios = window.padded(pi_rows[everywhere, window.drafted] / window.q_at(everywhere, window.drafted))  # [B, K + 1]
+        ratios = window.padded(pi_rows[window.everywhere, window.drafted] / window.q_at(window.everywhere, window.drafted))  # [B, K + 1]
         weights = [torch.ones_like(ratios[:, 0])]
         for ratio in ratios[:, :-1].unbind(-1):
             weights.append((weights[-1] * ratio).clamp(max=1))
@@ -48,7 +46,6 @@ class BlockVerifier(Verifier):
         """[B] the largest i whose coin, that of its last draft, is below h_i = r_i / (r_i + 1 - b_i), or b_i at the window's end."""
         chance = torch.nan_to_num(rest / (rest + 1 - weight), nan=1.0)  # 0 / 0 where pi is q and nothing was lost
         chance = torch.where(window.is_draft, chance, weight)
-        everywhere = torch.arange(len(window.kinds), device=window.device)
-        coins = window.uniforms(Purpose.ACCEPT, (everywhere - 1).clamp(min=0))
+        coins = window.uniforms(Purpose.ACCEPT, (window.everywhere - 1).clamp(min=0))
         passes = (window.offsets == 0) | (coins < chance)
         return torch.where(window.padded(passes), torch.arange(window.padded(passes).shape[-1], device=window.device), 0).amax(-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.plan import QKind, Rule
+from engine.transfer import to_device
 from engine.verify.window import Raw, Window
 
 
@@ -32,35 +33,40 @@ class Mixture:
 
     def _keep_sets(self, rules: Mapping[str, Rule]) -> Tensor:
         window = self._window
-        found = [(members, rules[name].keep(Raw(window, members), window.alpha[members])) for name, members in self._judged.items()]
-        if window.p.allowed is not None:
-            found = [(members, keep & window.p.allowed[members]) for members, keep in found]
+        found = [self._keep_set(rules[name], members) for name, members in self._judged.items()]
         width = max((keep.shape[-1] for _, keep in found), default=1)
         keeps = torch.zeros(len(window.kinds), width, dtype=torch.bool, device=window.device)
         for members, keep in found:
             keeps[members] = keep
         return keeps
 
+    def _keep_set(self, rule: Rule, members: list[int]) -> tuple[Tensor, Tensor]:
+        """Rows [N], and A of each."""
+        window, at = self._window, to_device(members, self._window.device)
+        params = [window.rows.seqs[row].request.sampling for row in members]
+        keep = rule.keep(Raw(window, at, params), window.alpha[at])
+        return at, keep if window.p.allowed is None else keep & window.p.allowed[at]
+
     def _lenience_of(self, lenient: list[int]) -> Tensor:
         lenience = torch.ones(len(self._window.kinds), dtype=self._window.p.probs.dtype, device=self._window.device)
         sampled = [row for row in lenient if not self._window.rows.seqs[row].request.sampling.is_greedy]
-        lenience[sampled] = 1 - self._window.alpha[sampled, 0]
+        at = to_device(sampled, self._window.device, torch.long)
+        lenience[at] = 1 - self._window.alpha[at, 0]
         return lenience
 
     @cached_property
     def _eta(self) -> Tensor:  # [R]
         if self._keeps.shape[-1] == 1:  # all or nothing: q(A) is 1 or 0, and no row needs to be read
             return (~self._keeps[:, 0]).to(self._window.p.probs.dtype)
-        everywhere = torch.arange(self._keeps.shape[0], device=self._keeps.device)
-        mass = (self._window.q_rows(everywhere) * self._keeps).sum(-1)
+        mass = (self._window.q_rows(self._window.everywhere) * self._keeps).sum(-1)
         return (1 - mass).clamp(min=0)  # 1 - 1 can come out as -1e-16, which would reject a token that is in A
 
-    def keep_at(self, rows: list[int] | Tensor, x: Tensor) -> Tensor:
+    def keep_at(self, rows: Tensor, x: Tensor) -> Tensor:
         """[N] whether x is in A."""
         keeps = self._keeps[rows]
         return keeps[:, 0] if keeps.shape[-1] == 1 else keeps.gather(-1, x.unsqueeze(-1)).squeeze(-1)
 
-    def at(self, rows: list[int] | Tensor, x: Tensor) -> Tensor:
+    def at(self, rows: Tensor, x: Tensor) -> Tensor:
         """[N] pi(x) where it is less than q(x), and something that is not where it is not: what acceptance needs to know."""
         p = self._window.p_at(rows, x)
         if self._lenience is not None:
@@ -68,7 +74,7 @@ class Mixture:
             p = torch.where(p < lenience, p / lenience, (p > 0).to(p.dtype))  # 1 is never below q
         return self._window.q_at(rows, x) * self.keep_at(rows, x) + self._eta[rows] * p
 
-    def full(self, rows: list[int] | Tensor) -> Tensor:
+    def full(self, rows: Tensor) -> Tensor:
         """[N, V] pi."""
         p = self._window.p.probs[rows]
         if not self.cascading:

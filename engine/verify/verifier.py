@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.plan import DraftBatch, RowBatch, Rows, Rule, Verdict
 from engine.sampling.draws import Purpose, draw
+from engine.transfer import to_device
 from engine.verify.mixture import Mixture
 from engine.verify.window import Window
 
@@ -51,11 +52,12 @@ class Verifier:
     def _accept(self, window: Window, pi: Mixture) -> Tensor:
         """[R] whether the draft of each row stands; False at bonus positions."""
         accepted = torch.zeros(len(window.kinds), dtype=torch.bool, device=window.device)
-        dense, blind = window.draft_rows(is_dense=True), window.draft_rows(is_dense=False)
-        if dense:
+        if rows := window.draft_rows(is_dense=True):
+            dense = to_device(rows, window.device)
             x = window.drafted[dense]
             accepted[dense] = window.uniforms(Purpose.ACCEPT, dense) * window.q_at(dense, x) < pi.at(dense, x)
-        if blind:
+        if rows := window.draft_rows(is_dense=False):
+            blind = to_device(rows, window.device)
             accepted[blind] = draw(pi.full(blind), window.uniforms(Purpose.RECOVER, blind)) == window.drafted[blind]
         return accepted
 
@@ -77,15 +79,14 @@ class Verifier:
         """[R] deferred (verified, the drafter's own, not in A) and lossy-kept (stands, where the same coin rejects it under exact)."""
         stands = window.offsets < num_accepted[window.owner]
         is_verified = window.is_draft & (window.offsets <= num_accepted[window.owner])
-        everywhere = torch.arange(len(window.kinds), device=window.device)
-        kept = pi.keep_at(everywhere, window.drafted)
+        kept = pi.keep_at(window.everywhere, window.drafted)
         lossy = torch.zeros_like(stands)
-        dense = [r for r in window.draft_rows(is_dense=True) if r in pi.cascading]
-        blind = [r for r in window.draft_rows(is_dense=False) if r in pi.cascading]
-        if dense:
+        if rows := [r for r in window.draft_rows(is_dense=True) if r in pi.cascading]:
+            dense = to_device(rows, window.device)
             x = window.drafted[dense]
             lossy[dense] = window.uniforms(Purpose.ACCEPT, dense) * window.q_at(dense, x) >= window.p_at(dense, x)
-        if blind:
+        if rows := [r for r in window.draft_rows(is_dense=False) if r in pi.cascading]:
+            blind = to_device(rows, window.device)
             lossy[blind] = draw(window.p.probs[blind], window.uniforms(Purpose.RECOVER, blind)) != window.drafted[blind]
         return is_verified & ~kept & ~window.is_given, stands & lossy
 

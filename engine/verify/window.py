@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from engine.plan import DraftBatch, QKind, RowBatch, Rows
+from engine.request import SamplingParams
 from engine.sampling.draws import Purpose, uniforms
+from engine.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,32 +38,46 @@ class Window:
         return [QKind(self.drafts.kinds[b][j]) for b, j in self.index]
 
     @cached_property
-    def is_dense(self) -> Tensor:  # [R]
-        return torch.tensor([kind is QKind.DENSE for kind in self.kinds], device=self.device)
+    def _known(self) -> Tensor:
+        """[6, R] what the host knows of every row, in one transfer: owner, offset, kind, whether it has a draft, key, position."""
+        owners, offsets = zip(*self.index, strict=True)
+        seqs = self.rows.seqs
+        positions = [len(seq.tokens) + offset for seq, offset in zip(seqs, self.rows.offsets, strict=True)]
+        has_draft = [j < self.drafts.lengths[b] for b, j in self.index]
+        known = [owners, offsets, self.kinds, has_draft, [seq.key for seq in seqs], positions]
+        return to_device(known, self.device, torch.long)
+
+    @property
+    def owner(self) -> Tensor:  # [R] b
+        return self._known[0]
+
+    @property
+    def offsets(self) -> Tensor:  # [R] j
+        return self._known[1]
 
     @cached_property
-    def is_draft(self) -> Tensor:  # [R] False at bonus positions
-        return torch.tensor([j < self.drafts.lengths[b] for b, j in self.index], device=self.device)
+    def is_dense(self) -> Tensor:  # [R]
+        return self._known[2] == QKind.DENSE
 
     @cached_property
     def is_given(self) -> Tensor:  # [R]
-        return torch.tensor([kind is QKind.GIVEN for kind in self.kinds], device=self.device)
+        return self._known[2] == QKind.GIVEN
+
+    @cached_property
+    def is_draft(self) -> Tensor:  # [R] False at bonus positions
+        return self._known[3] > 0
+
+    @cached_property
+    def everywhere(self) -> Tensor:  # [R] 0, 1, 2 ...
+        return torch.arange(len(self.kinds), device=self.device)
 
     @cached_property
     def has_dense_bonus(self) -> bool:
         return any(self.kinds[row] is QKind.DENSE and j == self.drafts.lengths[b] for row, (b, j) in enumerate(self.index))
 
     @cached_property
-    def owner(self) -> Tensor:  # [R] b
-        return torch.tensor([b for b, _ in self.index], device=self.device)
-
-    @cached_property
-    def offsets(self) -> Tensor:  # [R] j
-        return torch.tensor([j for _, j in self.index], device=self.device)
-
-    @cached_property
     def lengths(self) -> Tensor:  # [B]
-        return torch.tensor(self.drafts.lengths, device=self.device)
+        return to_device(self.drafts.lengths, self.device)
 
     @cached_property
     def starts(self) -> Tensor:  # [B]
@@ -75,23 +92,14 @@ class Window:
     @cached_property
     def alpha(self) -> Tensor:  # [R, 1]
         alphas = [[seq.request.speculation.alpha] for seq in self.rows.seqs]
-        return torch.tensor(alphas, dtype=self.p.probs.dtype, device=self.device)
-
-    @cached_property
-    def _keys(self) -> Tensor:  # [R]
-        return torch.tensor([seq.key for seq in self.rows.seqs], dtype=torch.long, device=self.device)
-
-    @cached_property
-    def _positions(self) -> Tensor:  # [R]
-        positions = [len(seq.tokens) + offset for seq, offset in zip(self.rows.seqs, self.rows.offsets, strict=True)]
-        return torch.tensor(positions, dtype=torch.long, device=self.device)
+        return to_device(alphas, self.device, self.p.probs.dtype)
 
     def draft_rows(self, is_dense: bool) -> list[int]:
         """Rows of drafts that were drawn from a row q, or of those that were not."""
         return [row for row, (b, j) in enumerate(self.index) if (self.kinds[row] is QKind.DENSE) == is_dense and j < self.drafts.lengths[b]]
 
-    def uniforms(self, purpose: Purpose, rows: list[int] | Tensor) -> Tensor:
-        return uniforms(self._keys[rows], self._positions[rows], purpose)
+    def uniforms(self, purpose: Purpose, rows: Tensor) -> Tensor:
+        return uniforms(self._known[4][rows], self._known[5][rows], purpose)
 
     def padded(self, flags: Tensor) -> Tensor:
         """[R] to [B, K + 1], False behind the end of a window."""
@@ -99,10 +107,10 @@ class Window:
         table[self.owner, self.offsets] = flags
         return table
 
-    def p_at(self, rows: list[int] | Tensor, x: Tensor) -> Tensor:
+    def p_at(self, rows: Tensor, x: Tensor) -> Tensor:
         return self.p.probs[rows, x]
 
-    def q_at(self, rows: list[int] | Tensor, x: Tensor) -> Tensor:
+    def q_at(self, rows: Tensor, x: Tensor) -> Tensor:
         """[N] q(x); rows that are not dense are one-hot at their draft."""
         one = (self.drafted[rows] == x).to(self.p.probs.dtype)
         if self.drafts.rows is None:
@@ -110,7 +118,7 @@ class Window:
         dense = self.drafts.rows.probs[self.owner[rows], self.offsets[rows], x]
         return torch.where(self.is_dense[rows], dense, one)
 
-    def q_rows(self, rows: list[int] | Tensor) -> Tensor:
+    def q_rows(self, rows: Tensor) -> Tensor:
         """[N, V] rows q; those that are not dense are one-hot at their draft."""
         one = None
         if self.drafts.rows is None or not {QKind.ONE_HOT, QKind.GIVEN}.isdisjoint(self.kinds):
@@ -125,9 +133,11 @@ class Window:
 class Raw:
     """RawRows of some rows of a window, computed when a rule asks."""
 
-    def __init__(self, window: Window, rows: list[int]):
+    def __init__(self, window: Window, rows: Tensor, params: ListLike[SamplingParams]):
+        """`params` are those of the `rows` [N], whose indices live on the device."""
         self._window = window
         self._rows = rows
+        self._params = params
 
     @cached_property
     def q(self) -> Tensor:
@@ -148,5 +158,4 @@ class Raw:
 
     @cached_property
     def is_greedy(self) -> Tensor:
-        flags = [[self._window.rows.seqs[row].request.sampling.is_greedy] for row in self._rows]
-        return torch.tensor(flags, device=self._window.device)
+        return to_device([[sampling.is_greedy] for sampling in self._params], self._window.device)
