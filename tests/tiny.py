@@ -252,7 +252,9 @@ def make_core(setup: Setup) -> EngineCore:
     """An engine over the tiny models."""
     # the paged attention is set on a shallow copy's config, so that the naive model keeps its own
     own = target_model(setup.dtype, setup.vocab, setup.architecture)
-    target = Member(DecoderStack(copy.deepcopy(own).to(setup.device), choose_attention=lambda _: setup.attention), 64, setup.path, setup.end_token_ids)
+    target = Member(
+        DecoderStack(copy.deepcopy(own).to(setup.device), choose_attention=lambda _: setup.attention), 64, setup.path, setup.end_token_ids
+    )
     drafter = None
     if setup.drafter == "model":
         model = copy.deepcopy(drafter_model(setup.dtype, setup.vocab, setup.architecture)).to(setup.device)

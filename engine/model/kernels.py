@@ -21,7 +21,7 @@ def write_kv(kv, cache, slots, kv_stride, cache_stride, WIDTH: tl.constexpr, BLO
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_stored = (columns < WIDTH) & (slot >= 0)
+    is_stored = columns < tl.where(slot < 0, 0, WIDTH)
     values = tl.load(kv + row.to(tl.int64) * kv_stride + columns, mask=is_stored)
     tl.store(cache + slot * cache_stride + columns, values, mask=is_stored)
 
@@ -148,7 +148,7 @@ def join(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in range(0, num_splits):
+    for split in range(num_splits):
         place = own + split * num_rows.to(tl.int64) * NUM_HEADS
         part_level = tl.load(levels + place, mask=is_row, other=float("-inf"))
         part = tl.load(parts + place[:, None] * HEAD_DIM + dims[None, :], mask=is_value, other=0.0)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import AttentionShape, Ints, LayerAttention, Segment
+from engine.model.attention import AttentionShape, LayerAttention, Segment
 from engine.model.ragged import Ragged, power_of_two
 from engine.model.transfer import IndexBuffer
 
@@ -158,7 +158,12 @@ class _TritonContext:
         is_split = splits > 1
         parts = output.new_empty((splits, *query.shape), dtype=torch.float32) if is_split else output
         levels = output.new_empty((splits, num_rows, num_heads), dtype=torch.float32) if is_split else output
-        sizes = {"GROUP": num_heads // num_kv_heads, "HEAD_DIM": head_dim, "BLOCK_M": launch.rows, "BLOCK_D": max(16, power_of_two(head_dim))}
+        sizes = {
+            "GROUP": num_heads // num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_M": launch.rows,
+            "BLOCK_D": max(16, power_of_two(head_dim)),
+        }
         _kernels().attend[len(launch.tiles), num_kv_heads, splits](
             query,
             cache,

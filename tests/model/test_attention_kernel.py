@@ -160,5 +160,7 @@ def test_a_pass_that_is_like_another_has_its_numbers_in_the_same_places() -> Non
     places = [tensor.data_ptr() for tensor in (first.positions, first.slots, first.tables, *(own.tiles for own in first.launches))]
     other = [Segment(own.block_table, own.start, max(1, own.num_tokens - 1)) for own in segments]
     second = paged.context(other, 64)
-    assert places == [tensor.data_ptr() for tensor in (second.positions, second.slots, second.tables, *(own.tiles for own in second.launches))]
+    assert places == [
+        tensor.data_ptr() for tensor in (second.positions, second.slots, second.tables, *(own.tiles for own in second.launches))
+    ]
     assert [(own.rows, own.splits) for own in first.launches] == [(own.rows, own.splits) for own in second.launches]

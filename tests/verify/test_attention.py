@@ -23,7 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 
 pytestmark = [
     pytest.mark.skipif(
-        find_spec("triton") is None or (DEVICE == "cpu" and not IS_INTERPRETED), reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1"
+        find_spec("triton") is None or (DEVICE == "cpu" and not IS_INTERPRETED),
+        reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1",
     ),
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:triton"),
