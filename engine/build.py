@@ -39,6 +39,7 @@ from engine.errors import ConfigError
 from engine.grammar.automaton import Automata, Vocabulary
 from engine.grammar.masks import GrammarMasks
 from engine.kv.block_pool import BlockPool
+from engine.model.attention_choice import choose_attention
 from engine.model.borrowed import lender_of
 from engine.model.draft_vocabulary import read_draft_ids
 from engine.model.linear import choose
@@ -215,8 +216,14 @@ def _measured(config: EngineConfig, target: Member, drafter: Member | None, cach
         return None
 
     def seconds(member: Member, source: ModelSource) -> dict[int, float]:
-        key = {"path": str(member.path), "dtype": str(member.stack.dtype), "quantization": source.quantization}
-        return pass_seconds(member.stack, key, cache_dir)
+        stack = member.stack
+        key = {
+            "path": str(member.path),
+            "dtype": str(stack.dtype),
+            "quantization": source.quantization,
+            "attention": stack.attention.name,
+        }
+        return pass_seconds(stack, key, cache_dir)
 
     source = config.model.drafter
     own = seconds(drafter, source) if drafter is not None and isinstance(source, ModelDrafterConfig) else {}
@@ -267,7 +274,8 @@ def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Pa
     dtype = resolve_dtype(source.dtype, device, config)
     kind = choose(source.quantization, dtype, device)
     progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}, {kind.note}")
-    stack = DecoderStack(load(path, dtype, device, cache_dir), kind, read_draft_ids(path, config.vocab_size))
+    model, draft_ids = load(path, dtype, device, cache_dir), read_draft_ids(path, config.vocab_size)
+    stack = DecoderStack(model, kind, draft_ids, lambda shape: choose_attention(runtime.attention, shape, runtime.block_size, progress))
     return Member(stack, context_length(config), path, end_token_ids(path))
 
 

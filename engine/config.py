@@ -20,6 +20,7 @@ class Section(BaseModel):
 
 Quantization = Literal["none", "int8"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+AttentionName = Literal["auto", "gather", "triton", "varlen", "flashinfer"]  # as in engine/model/attention_choice.py
 
 
 class ModelSource(Section):
@@ -166,6 +167,7 @@ class RuntimeConfig(Section):
     block_size: int = Field(16, ge=1, le=1024, description="positions in a KV block")
     kv_cache: ByteSize = Field(ByteSize(1 << 30), ge=1, description="memory for KV of target and drafter together, such as 1GiB")
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; null: what model and kv_cache allow")
+    attention: AttentionName = Field("auto", description="auto: gather on a CPU; on a GPU what is fastest there of all that is installed")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for tensor work; null leaves it to torch")
 
 

@@ -33,6 +33,7 @@ from engine.config import (
 )
 from engine.core import EngineCore
 from engine.grammar.automaton import Vocabulary
+from engine.model.attention import GATHER, AttentionKind
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
 from engine.plan import LogitsProcessor, RawRows, RowBatch, Rule
@@ -207,6 +208,8 @@ class Setup:
     max_drafter_tokens: int | None = None
     max_sequences: int = 8
     device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+    attention: AttentionKind = GATHER
     vocab: int = VOCAB
     path: Path = Path("target")  # folder with the tokenizer, for tests that have one
     end_token_ids: tuple[int, ...] = ()
@@ -248,13 +251,16 @@ DRAFTS_PAY = Costs({1: 1.0, 64: 1.2}, {1: 0.05})
 def make_core(setup: Setup) -> EngineCore:
     """An engine over the tiny models."""
     # the paged attention is set on a shallow copy's config, so that the naive model keeps its own
-    own = target_model(vocab=setup.vocab, architecture=setup.architecture)
-    target = Member(DecoderStack(copy.deepcopy(own).to(setup.device)), 64, setup.path, setup.end_token_ids)
+    own = target_model(setup.dtype, setup.vocab, setup.architecture)
+    target = Member(
+        DecoderStack(copy.deepcopy(own).to(setup.device), choose_attention=lambda _: setup.attention), 64, setup.path, setup.end_token_ids
+    )
     drafter = None
     if setup.drafter == "model":
-        model = copy.deepcopy(drafter_model(vocab=setup.vocab, architecture=setup.architecture)).to(setup.device)
+        model = copy.deepcopy(drafter_model(setup.dtype, setup.vocab, setup.architecture)).to(setup.device)
         draft_ids = None if setup.drafted is None else torch.tensor(setup.drafted)
-        drafter = Member(DecoderStack(model, draft_ids=draft_ids), min(64, setup.drafter_context), Path("drafter"))
+        stack = DecoderStack(model, draft_ids=draft_ids, choose_attention=lambda _: setup.attention)
+        drafter = Member(stack, min(64, setup.drafter_context), Path("drafter"))
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(
         model=ModelPair(name="tiny", target=ModelSource(source="target"), drafter=drafter_config(setup)),

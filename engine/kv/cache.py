@@ -42,3 +42,9 @@ class KVCache:
         torch.index_select(self._layers[layer], 0, slots.flatten(), out=kv)
         kv = kv.view(*slots.shape, *self._shape)
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+
+    def blocks(self, layer: int, block_size: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [blocks, block_size, heads, head_dim] where they lie: views, of which only the last dimension is dense."""
+        _, num_heads, head_dim = self._shape
+        kv = self._layers[layer].view(-1, block_size, 2 * num_heads, head_dim)
+        return kv[:, :, :num_heads], kv[:, :, num_heads:]

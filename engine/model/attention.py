@@ -1,9 +1,12 @@
-"""Attention of a ragged batch over the paged KV cache, by gather and scaled_dot_product_attention.
+"""Attention of a ragged batch over the paged KV cache: what every kind of it must do, and the kind that all others are held to.
 
 All sequences of a step are packed into one row [1, N]. A Segment says which positions of which block table its part of the row
 holds; queries of a segment see the earlier positions of their own sequence, in a sliding layer the last `window` of them, and nothing
-else. Segments of similar size share one call: both sides are padded to the largest of their power-of-two class, so padding at most
-doubles the work. A sliding layer gathers the keys that its window reaches and no others; nothing is freed behind a window.
+else.
+
+GATHER runs on every device: it gathers keys and values and calls scaled_dot_product_attention. Segments of similar size share one call:
+both sides are padded to the largest of their power-of-two class, so padding at most doubles the work. A sliding layer gathers the keys
+that its window reaches and no others; nothing is freed behind a window.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.kv.cache import KVCache
+from engine.model.transfer import on_device
 
 Ints = NDArray[np.int64]
 
@@ -39,6 +44,66 @@ class Segment:
     def first_key(self, window: int | None) -> int:
         """The first position that any of its queries sees."""
         return 0 if window is None else max(0, self.start - window + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """What one layer asks of attention."""
+
+    layer: int
+    window: int | None  # positions that a query sees, its own included; None for all
+    scaling: float  # of the products of queries and keys
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What all layers of a model ask of attention."""
+
+    num_heads: int  # of queries; the most that a layer has
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]  # the distinct ones
+    dtype: torch.dtype
+    device: torch.device
+
+
+class PagedContext(Protocol):
+    """Where a packed row's tokens stand; made once a pass, the same for all layers."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[N]; of rows that only fill the packed row up, 0."""
+
+    def attend(self, asked: LayerAttention, query: Tensor, kv: Tensor) -> Tensor:
+        """Write the row's keys and values, then attend over what each query sees.
+
+        query [N, heads, head_dim] and kv [N, 2 * kv_heads, head_dim], keys before values, give [N, heads, head_dim]. Rows that only fill
+        up are written nowhere and get zeros.
+        """
+
+
+class Attention(Protocol):
+    """Attention over one KV cache."""
+
+    def context(self, segments: ListLike[Segment], num_rows: int = 0) -> PagedContext:
+        """Of a packed row that holds `segments` one after another, filled up to `num_rows`. Good until the next one is asked for."""
+
+
+class AttentionKind(Protocol):
+    """A way to compute attention. Raises whatever its library does where it cannot; choice.py tries it out before it serves."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def forms(self) -> ListLike[AttentionKind]:
+        """The ways in which it may go about a pass, each of which is to be tried out."""
+
+    def lacks(self, shape: AttentionShape) -> str | None:
+        """What is missing here for attention of this shape; None where nothing is known to be."""
+
+    def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> Attention:
+        """Attention over a cache whose slots are `block * block_size + offset`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +136,30 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class PagedContext:
-    """Where the packed row's tokens stand; made once a pass, the same for all layers."""
+class GatherContext:
+    """Index tensors of a pass."""
 
     cache: KVCache
-    positions: Tensor  # [N]; of rows that only fill the packed row up, 0
+    positions: Tensor  # [N]
     slots: Tensor  # [M] where the keys and values of the first M rows go; the others are padding
     groups: Mapping[int | None, tuple[_Group, ...]]  # by the layer's window
+
+    def attend(self, asked: LayerAttention, query: Tensor, kv: Tensor) -> Tensor:
+        num_real = len(self.slots)
+        self.cache.write(asked.layer, self.slots, kv if num_real == len(kv) else kv[:num_real])
+        output = torch.zeros_like(query, memory_format=torch.contiguous_format)  # rows that only fill up stay zero
+        for group in self.groups[asked.window]:
+            keys, values = self.cache.read(asked.layer, group.slots)
+            attended = scaled_dot_product_attention(
+                group.gather(query), keys, values, attn_mask=group.mask, scale=asked.scaling, enable_gqa=True
+            )
+            group.scatter(attended, output)
+        return output
 
 
 def paged_context(
     segments: ListLike[Segment], block_size: int, cache: KVCache, windows: ListLike[int | None] = (None,), num_rows: int = 0
-) -> PagedContext:
+) -> GatherContext:
     """Index tensors for a packed row that holds `segments` one after another, filled up to `num_rows`.
 
     `windows` are the distinct ones of the layers that will run: how many positions a query sees, its own included; None for all.
@@ -95,10 +172,10 @@ def paged_context(
     slots = np.concatenate([_slots(segment, run, block_size) for segment, run in zip(segments, runs, strict=True)])
     positions = np.zeros(max(num_rows, len(slots)), dtype=np.int64)
     positions[: len(slots)] = np.concatenate(runs)
-    return PagedContext(
+    return GatherContext(
         cache=cache,
-        positions=_tensor(positions, store.device),
-        slots=_tensor(slots, store.device),
+        positions=on_device(positions, store.device),
+        slots=on_device(slots, store.device),
         groups={window: groups[reached] for window, reached in reach.items()},
     )
 
@@ -145,44 +222,46 @@ def _group(members: list[tuple[int, Segment]], window: int | None, block_size: i
     is_run = len(place) == len(flat) and bool((np.diff(flat) == 1).all())
     return _Group(
         shape=queries.shape,
-        slots=_tensor(slots, store.device),
+        slots=on_device(slots, store.device),
         mask=_mask(hidden, store) if hidden.any() else None,
         first=int(flat[0]) if is_run else None,
-        queries=_tensor(flat, store.device),
-        places=_tensor(place, store.device),
-        rows=_tensor(flat[place], store.device),
+        queries=on_device(flat, store.device),
+        places=on_device(place, store.device),
+        rows=on_device(flat[place], store.device),
     )
 
 
 def _mask(hidden: NDArray[np.bool_], store: Tensor) -> Tensor:
     mask = torch.zeros(hidden.shape, dtype=store.dtype, device=store.device)
-    return mask.masked_fill_(torch.from_numpy(hidden).to(store.device), -torch.inf)
+    return mask.masked_fill_(on_device(hidden, store.device), -torch.inf)
 
 
-def _tensor(array: Ints, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)
+@dataclass(frozen=True)
+class _Gather:
+    """GATHER over one cache."""
+
+    cache: KVCache
+    block_size: int
+    windows: tuple[int | None, ...]
+
+    def context(self, segments: ListLike[Segment], num_rows: int = 0) -> GatherContext:
+        return paged_context(segments, self.block_size, self.cache, self.windows, num_rows)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerAttention:
-    """What one layer asks of attention."""
+class GatherAttention:
+    """Runs everywhere, in every dtype, at the price of a copy of all keys and values that are seen."""
 
-    layer: int
-    window: int | None  # positions that a query sees, its own included; None for all
-    scaling: float  # of the products of queries and keys
+    name = "gather"
 
-    def attend(self, query: Tensor, kv: Tensor, paged: PagedContext) -> Tensor:
-        """Write the row's keys and values, then attend over what each query sees.
+    @property
+    def forms(self) -> ListLike[AttentionKind]:
+        return (self,)
 
-        query [N, heads, head_dim] and kv [N, 2 * kv_heads, head_dim], keys before values, give [N, heads, head_dim].
-        """
-        num_real = len(paged.slots)
-        paged.cache.write(self.layer, paged.slots, kv if num_real == len(kv) else kv[:num_real])
-        output = torch.zeros_like(query, memory_format=torch.contiguous_format)  # rows that only fill up stay zero
-        for group in paged.groups[self.window]:
-            keys, values = paged.cache.read(self.layer, group.slots)
-            attended = scaled_dot_product_attention(
-                group.gather(query), keys, values, attn_mask=group.mask, scale=self.scaling, enable_gqa=True
-            )
-            group.scatter(attended, output)
-        return output
+    def lacks(self, shape: AttentionShape) -> str | None:
+        return None
+
+    def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> Attention:
+        return _Gather(cache, block_size, shape.windows)
+
+
+GATHER = GatherAttention()

@@ -65,7 +65,7 @@ class FusedAttention(nn.Module):
             queries, keys, values = heads.split((num_queries, num_values, num_values), 1)
             heads = torch.cat((self.q_norm(queries), self.k_norm(keys), values), 1)
         rotate_(heads[:, :-num_values], position_embeddings)
-        attended = self._asked.attend(heads[:, :num_queries], heads[:, num_queries:], paged)
+        attended = paged.attend(self._asked, heads[:, :num_queries], heads[:, num_queries:])
         return self.o_proj(attended.flatten(1)).unsqueeze(0), None
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import Segment, paged_context
+from engine.model.attention import Segment
 from engine.model.stack import DecoderStack
+from engine.model.transfer import on_device
 
 # A CPU's products are slowest below this (PackedLinear would fill each of them up by itself); to a GPU it is all the same.
 _MIN_ROWS = 4
@@ -25,8 +26,8 @@ class PagedModel:
         """`vocab_size` cuts the logits to what the pair has in common; None leaves all."""
         self.stack = stack
         self.vocab_size = vocab_size or stack.vocab_size
-        self._block_size = block_size
         self._cache = KVCache(stack.num_layers, num_blocks * block_size, stack.kv_shape, stack.dtype, stack.device)
+        self._attention = stack.attention.over(self._cache, block_size, stack.attention_shape)
 
     @torch.inference_mode()
     def forward(self, segments: ListLike[Segment], input_ids: Tensor, rows: ListLike[int]) -> Tensor:
@@ -39,8 +40,8 @@ class PagedModel:
         num_rows = _filled(len(input_ids))
         if num_rows > len(input_ids):
             input_ids = torch.nn.functional.pad(input_ids, (0, num_rows - len(input_ids)))
-        hidden = self.stack.hidden(input_ids, paged_context(segments, self._block_size, self._cache, self.stack.windows, num_rows))
-        wanted = hidden if len(rows) == hidden.shape[0] else hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
+        hidden = self.stack.hidden(input_ids, self._attention.context(segments, num_rows))
+        wanted = hidden if len(rows) == hidden.shape[0] else hidden.index_select(0, on_device(rows, hidden.device))
         return self.stack.logits(wanted)[:, : self.vocab_size]
 
 

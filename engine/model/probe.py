@@ -28,6 +28,7 @@ class LayerCall:
     """What one layer asked for."""
 
     window: int | None  # positions that a query sees, its own included
+    num_heads: int  # of queries
     kv_shape: tuple[int, int]  # key-value heads, head dimension
     scaling: float  # of the products of queries and keys
 
@@ -48,6 +49,11 @@ class Watch:
     def windows(self) -> tuple[int | None, ...]:
         """The distinct ones, in the order of the layers."""
         return tuple(dict.fromkeys(call.window for call in self.calls.values()))
+
+    @property
+    def num_heads(self) -> int:
+        """The most heads of queries that a layer has."""
+        return max(call.num_heads for call in self.calls.values())
 
     @property
     def kv_shape(self) -> tuple[int, int]:
@@ -102,7 +108,7 @@ def watched_attention(
         raise UnsupportedModel(
             f"{watch.name}: layer {layer} has keys {tuple(key.shape)} and values {tuple(value.shape)}; one shape is served."
         )
-    watch.calls[layer] = LayerCall(sliding_window, (key.shape[1], key.shape[3]), scaling)
+    watch.calls[layer] = LayerCall(sliding_window, query.shape[1], (key.shape[1], key.shape[3]), scaling)
     if past is not None:
         if not _hides_the_same(attention_mask, past.num_tokens, sliding_window):
             raise UnsupportedModel(f"{watch.name}: layer {layer} hides other keys than those behind its window of {sliding_window}.")

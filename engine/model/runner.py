@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
+from engine.model.transfer import on_device
 from engine.plan import Chunk, DraftBatch, RowBatch, RowsWanted, StepPlan
 
 
@@ -59,12 +60,12 @@ class ModelRunner:
         for chunk in plan.chunks:
             packing.add(chunk, drafts.lengths[completing] if chunk.completes else 0, completing)
             completing += chunk.completes
-        draft_ids = torch.as_tensor(drafts.ids, dtype=torch.long, device=device)
+        draft_ids = drafts.ids.to(device) if isinstance(drafts.ids, Tensor) else on_device(np.array(drafts.ids, dtype=np.int64), device)
         draft_ids = draft_ids.reshape(completing, draft_ids.shape[-1] if draft_ids.numel() else 0)
-        input_ids = torch.tensor(packing.ids, dtype=torch.long, device=device)
+        input_ids = on_device(packing.ids, device)
         if packing.draft_slots:
-            rows, columns = zip(*packing.draft_from, strict=True)
-            input_ids[packing.draft_slots] = draft_ids[list(rows), list(columns)]
+            slots, rows, columns = on_device(np.array((packing.draft_slots, *zip(*packing.draft_from, strict=True))), device)
+            input_ids[slots] = draft_ids[rows, columns]
         logits = self._target.forward(packing.segments, input_ids, packing.wanted)
         return logits, RowBatch(
             seqs=tuple(chunk.seq for chunk, _, _ in packing.owners),

@@ -8,7 +8,7 @@ model is known by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
-from engine.model.attention import LayerAttention, PagedContext, Segment, paged_context
+from engine.model.attention import GATHER, AttentionKind, AttentionShape, LayerAttention, PagedContext, Segment
 from engine.model.draft_vocabulary import NEVER
 from engine.model.fused import FusedAttention, FusedMLP, quick_norm, signed
 from engine.model.linear import AS_THEY_ARE, Inputs, LinearKind, joined, some_outputs
@@ -30,14 +30,23 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, tor
 _OBSERVED = 256  # tokens over which inputs are observed
 
 
+ChooseAttention = Callable[[AttentionShape], AttentionKind]
+
+
 class DecoderStack:
     """A causal language model of the Llama kind, seen as embedding, layers, norm and head.
 
     `windows` are the distinct sliding windows of its layers (None for layers that see everything), `kv_shape` is key-value heads and
-    head dimension of a layer.
+    head dimension of a layer, `attention` the kind that its passes use, `attention_shape` what they ask of it.
     """
 
-    def __init__(self, model: Any, kind: LinearKind = AS_THEY_ARE, draft_ids: Tensor | None = None):
+    def __init__(
+        self,
+        model: Any,
+        kind: LinearKind = AS_THEY_ARE,
+        draft_ids: Tensor | None = None,
+        choose_attention: ChooseAttention = lambda _: GATHER,
+    ):
         """`model` is a transformers ...ForCausalLM, in eval mode; its layers are rebuilt here, and its own forward is of no use any more.
         `draft_ids` [N] are the tokens that its head is cut to; None for all.
 
@@ -53,6 +62,8 @@ class DecoderStack:
         self._rotary_kinds = _rotary_kinds(model)
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
+        self.attention_shape = AttentionShape(watch.num_heads, *self.kv_shape, self.windows, self.dtype, self.device)
+        self.attention = choose_attention(self.attention_shape)
         self._rebuild(watch, kind, self._largest_inputs() if kind.reads_inputs else {})
         self._require_equal(expected, kind)
 
@@ -148,7 +159,8 @@ class DecoderStack:
         ids, block_size = self._check_ids(), 16
         cache = KVCache(self.num_layers, len(ids) * block_size, self.kv_shape, self.dtype, self.device)
         segments = [Segment([index], 0, len(row)) for index, row in enumerate(ids)]
-        got = self.logits(self.hidden(torch.cat(ids), paged_context(segments, block_size, cache, self.windows)))
+        attention = self.attention.over(cache, block_size, self.attention_shape)
+        got = self.logits(self.hidden(torch.cat(ids), attention.context(segments)))
         if self._draft_ids is not None:
             got, expected = got[:, self._draft_ids], expected[:, self._draft_ids]
         difference = float((got - expected).abs().max() / expected.abs().max())

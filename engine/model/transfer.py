@@ -1,0 +1,45 @@
+"""Numbers from the host to the device without waiting for it.
+
+A copy from ordinary memory makes the host wait until the device has done all that it was given before. From pinned memory it does not, and
+torch's allocator keeps such memory until the copy has been made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def on_device(numbers: NDArray[Any] | ListLike[int], device: torch.device) -> Tensor:
+    """A tensor of the same shape; lists become int64."""
+    host = torch.from_numpy(numbers if isinstance(numbers, np.ndarray) else np.asarray(numbers, dtype=np.int64))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+class IndexBuffer:
+    """Index tensors of a pass, one behind the other in one piece of device memory that stays where it is.
+
+    So a pass needs one copy, and what a CUDA graph has captured finds the numbers of the next pass of like shape in the same places.
+    """
+
+    def __init__(self, device: torch.device):
+        self._memory = torch.empty(0, dtype=torch.int32, device=device)
+
+    def write(self, arrays: ListLike[NDArray[np.int64]]) -> list[Tensor]:
+        """int32 tensors of these shapes and numbers, which must fit; good until the next call, which writes to the same place."""
+        # at multiples of 64 bytes, so that no kernel is compiled once more for an address that is odd
+        ends = np.cumsum([-(-array.size // 16) * 16 for array in arrays])
+        staging = torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=self._memory.device.type == "cuda")
+        host = staging.numpy()
+        begins = [0, *(int(end) for end in ends[:-1])]
+        for begin, array in zip(begins, arrays, strict=True):
+            host[begin : begin + array.size] = array.reshape(-1)
+        if len(staging) > len(self._memory):
+            self._memory = self._memory.new_empty(1 << (len(staging) - 1).bit_length())
+        self._memory[: len(staging)].copy_(staging, non_blocking=True)
+        return [self._memory[begin : begin + array.size].view(array.shape) for begin, array in zip(begins, arrays, strict=True)]

@@ -1,0 +1,204 @@
+"""Attention along block tables by our own Triton kernels: for every CUDA device and torch, and for sequences of any mixture.
+
+Nothing is gathered: each program reads keys and values where they lie. Segments of few queries and those of many are launched apart, with
+tiles of their own size; where there are too few tiles to keep the device busy, each is split over its keys, and the parts are joined.
+Refused are float64, which the kernels' products do not have, and heads beyond what a tile holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kv.cache import KVCache
+from engine.model.attention import AttentionShape, LayerAttention, Segment
+from engine.model.ragged import Ragged, power_of_two
+from engine.model.transfer import IndexBuffer
+
+_FEW, _MANY = 16, 64  # rows of a tile; 16 is the least that a product may have
+_STAGE_BYTES = {_FEW: 16 << 10, _MANY: 32 << 10}  # of keys and values that a program loads at a time
+_STAGES = {_FEW: 4, _MANY: 2}  # loads that are under way at a time; with the queries they stay below the 99 KiB of small devices
+_MOST_KEYS = 64  # at a time
+_MOST_HEAD_DIM = 256
+_MOST_SPLITS = 32
+_KEYS_A_SPLIT = 128  # a part of fewer is not worth joining
+_PROGRAMS_A_PROCESSOR = 2  # loads of one hide behind those of the other
+_COLUMNS = 1024  # of a row of keys and values that one program stores
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class TritonAttention:
+    """The kind. Tests set what is otherwise chosen."""
+
+    splits: int | None = None  # parts of the keys
+    keys: int | None = None  # at a time
+
+    @property
+    def name(self) -> str:
+        return "triton"
+
+    @property
+    def forms(self) -> ListLike[TritonAttention]:
+        """With and without parts: so both are compiled at the start, too."""
+        return tuple(replace(self, splits=splits) for splits in (1, 3))
+
+    def lacks(self, shape: AttentionShape) -> str | None:
+        if find_spec("triton") is None:
+            return "Triton is not installed here; torch's builds for CUDA bring it"
+        if shape.dtype not in _DTYPES:
+            return f"its kernels do not compute in {str(shape.dtype).removeprefix('torch.')}"
+        if shape.head_dim > _MOST_HEAD_DIM:
+            return f"its kernels hold heads of {_MOST_HEAD_DIM} dimensions at most, and these have {shape.head_dim}"
+        if shape.num_heads // shape.num_kv_heads > _MANY:
+            return f"its kernels hold {_MANY} query heads a key-value head at most"
+        if shape.device.type != "cuda" and not _kernels().IS_INTERPRETED:
+            return "it runs on a CUDA device; on a CPU only step by step, with TRITON_INTERPRET=1, for tests"
+        return None
+
+    def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> _TritonPaged:
+        return _TritonPaged(cache, block_size, shape, self)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """Tiles of one size."""
+
+    tiles: Tensor  # [T, 4]
+    rows: int  # of a tile
+    splits: Mapping[int | None, int]  # by the layer's window
+
+
+@dataclass(frozen=True)
+class _TritonPaged:
+    """The kernels over one cache."""
+
+    cache: KVCache
+    block_size: int
+    shape: AttentionShape
+    kind: TritonAttention
+
+    @cached_property
+    def indices(self) -> IndexBuffer:
+        return IndexBuffer(self.shape.device)
+
+    @cached_property
+    def num_processors(self) -> int:
+        """Of the device, each running some programs at a time."""
+        return int(torch.cuda.get_device_properties(self.shape.device).multi_processor_count) if self.shape.device.type == "cuda" else 1
+
+    @property
+    def group(self) -> int:
+        return self.shape.num_heads // self.shape.num_kv_heads
+
+    def num_keys(self, rows: int) -> int:
+        """Keys at a time, for tiles of so many rows."""
+        fitting = _STAGE_BYTES[rows] // (2 * power_of_two(self.shape.head_dim) * self.shape.dtype.itemsize)
+        return self.kind.keys or max(16, min(_MOST_KEYS, fitting))
+
+    def context(self, segments: ListLike[Segment], num_rows: int = 0) -> _TritonContext:
+        ragged = Ragged.of(segments, self.block_size)
+        is_few = ragged.nums * self.group <= _FEW
+        classes = {rows: np.flatnonzero(own) for rows, own in ((_FEW, is_few), (_MANY, ~is_few)) if own.any()}
+        tiles = [ragged.tiles(members, rows // self.group) for rows, members in classes.items()]
+        positions, slots, tables, *on_device = self.indices.write([*ragged.places(num_rows), ragged.tables, *tiles])
+        launches = tuple(
+            _Launch(own, rows, {window: self._splits(len(own), ragged.num_keys(members, window)) for window in self.shape.windows})
+            for own, (rows, members) in zip(on_device, classes.items(), strict=True)
+        )
+        return _TritonContext(self, positions, slots, tables, launches, ragged.num_tokens)
+
+    def _splits(self, num_tiles: int, num_keys: int) -> int:
+        """A power of two, so that few grids of different size are launched."""
+        if self.kind.splits is not None:
+            return self.kind.splits
+        idle = _PROGRAMS_A_PROCESSOR * self.num_processors // (num_tiles * self.shape.num_kv_heads)
+        return min(power_of_two(idle + 1) // 2 or 1, power_of_two(num_keys // _KEYS_A_SPLIT + 1) // 2 or 1, _MOST_SPLITS)
+
+
+@dataclass(frozen=True, slots=True)
+class _TritonContext:
+    """Index tensors of a pass, int32."""
+
+    own: _TritonPaged
+    positions: Tensor  # [N]
+    slots: Tensor  # [N]; -1 for rows that only fill up
+    tables: Tensor  # [S, B]
+    launches: tuple[_Launch, ...]
+    num_tokens: int
+
+    def attend(self, asked: LayerAttention, query: Tensor, kv: Tensor) -> Tensor:
+        cache = self.own.cache.layers[asked.layer]
+        query, kv = _with_whole_rows(query), _with_whole_rows(kv)
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        output[self.num_tokens :] = 0
+        with torch.cuda.device_of(kv):  # Triton launches on the current device
+            self._write(kv, cache)
+            for launch in self.launches:
+                self._launch(launch, asked, query, cache, output)
+        return output
+
+    def _write(self, kv: Tensor, cache: Tensor) -> None:
+        width = kv[0].numel()
+        grid = (len(kv), -(-width // _COLUMNS))
+        _kernels().write_kv[grid](kv, cache, self.slots, kv.stride(0), cache.stride(0), WIDTH=width, BLOCK=_COLUMNS)
+
+    def _launch(self, launch: _Launch, asked: LayerAttention, query: Tensor, cache: Tensor, output: Tensor) -> None:
+        own, (num_rows, num_heads, head_dim) = self.own, query.shape
+        splits, num_kv_heads = launch.splits[asked.window], own.shape.num_kv_heads
+        is_split = splits > 1
+        parts = output.new_empty((splits, *query.shape), dtype=torch.float32) if is_split else output
+        levels = output.new_empty((splits, num_rows, num_heads), dtype=torch.float32) if is_split else output
+        sizes = {
+            "GROUP": num_heads // num_kv_heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_M": launch.rows,
+            "BLOCK_D": max(16, power_of_two(head_dim)),
+        }
+        _kernels().attend[len(launch.tiles), num_kv_heads, splits](
+            query,
+            cache,
+            self.tables,
+            launch.tiles,
+            parts,
+            levels,
+            query.stride(0),
+            cache.stride(0),
+            self.tables.stride(0),
+            num_rows,
+            splits,
+            asked.window or 0,
+            asked.scaling * math.log2(math.e),
+            NUM_KV_HEADS=num_kv_heads,
+            BLOCK_SIZE=own.block_size,
+            BLOCK_N=own.num_keys(launch.rows),
+            HAS_WINDOW=asked.window is not None,
+            IS_SPLIT=is_split,
+            num_warps=8 if launch.rows == _MANY and head_dim > 128 else 4,
+            num_stages=_STAGES[launch.rows],
+            **sizes,
+        )
+        if is_split:
+            grid = (len(launch.tiles), num_kv_heads)
+            _kernels().join[grid](parts, levels, launch.tiles, output, num_rows, splits, NUM_HEADS=num_heads, **sizes)
+
+
+def _with_whole_rows(packed: Tensor) -> Tensor:
+    """Packed [N, heads, head_dim], a row's numbers one after another."""
+    return packed if packed[0].is_contiguous() else packed.contiguous()
+
+
+def _kernels() -> Any:
+    """The module, not before it is needed: Triton is not everywhere, and takes half a second to import."""
+    from engine.model import kernels
+
+    return kernels
