@@ -11,17 +11,16 @@ from collections.abc import Sequence as ListLike
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-def to_device(values: ListLike[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on the device, of numbers (nested lists give more dimensions) or of a tensor on the host.
+def to_device(values: ListLike[Any] | NDArray[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on the device, of numbers (nested lists give more dimensions), of an array, or of a tensor on the host or there already.
 
-    `dtype` None leaves a tensor's own, and for numbers takes torch's choice: int64, float32, bool.
+    `dtype` None leaves that of a tensor or an array, and for numbers takes torch's choice: int64, float32, bool.
     """
+    if isinstance(values, Tensor) and values.device.type != "cpu":
+        return values.to(device, dtype)
     host = torch.as_tensor(values, dtype=dtype)
-    if host.device == device:
-        return host
-    if device.type == "cuda" and host.device.type == "cpu":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

@@ -153,10 +153,10 @@ class Quality:
         measure = MEASURES[self.measure]
         return (
             f"Recommended is the point with the lowest {MEASURES[TIME].title} of those that are significantly faster than exact, whose "
-            f"{measure.title} ({measure.better} is better) is shown to be worse than exact's by at most {self.tolerance:g}, and that neither "
-            "repeat themselves nor run on significantly more than exact; where there is none, exact. Shown, significantly: the 95 % bootstrap "
-            "interval over prompts of the paired difference (of the paired factor, for times) lies on that side as a whole. With few prompts "
-            "intervals are wide, and little but exact can be recommended."
+            f"{measure.title} ({measure.better} is better) is shown to be worse than exact's by at most {self.tolerance:g}, and that "
+            "neither repeat themselves nor run on significantly more than exact; where there is none, exact. Shown, significantly: the "
+            "95 % bootstrap interval over prompts of the paired difference (of the paired factor, for times) lies on that side as a "
+            "whole. With few prompts intervals are wide, and little but exact can be recommended."
         )
 
 

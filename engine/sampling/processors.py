@@ -63,7 +63,7 @@ class Penalties:
     def apply(self, logits: Tensor, rows: RowBatch) -> Tensor:
         members: dict[Sequence, list[int]] = defaultdict(list)
         for row, seq in enumerate(rows.seqs):
-            if _has_penalty(seq.request.sampling):
+            if has_penalty(seq.request.sampling):
                 members[seq].append(row)
         if not members:
             return logits
@@ -79,7 +79,7 @@ class Penalties:
 STANDARD: tuple[LogitsProcessor, ...] = (MinTokens(), LogitBias(), Penalties())
 
 
-def _has_penalty(sampling: SamplingParams) -> bool:
+def has_penalty(sampling: SamplingParams) -> bool:
     return sampling.repetition_penalty != 1 or bool(sampling.frequency_penalty or sampling.presence_penalty)
 
 
