@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from engine.request import TokenLogprobs
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class RowsWanted(enum.Enum):
     """Of which of a chunk's tokens the logits are wanted."""
 
     WINDOW = "window"  # the last pending token and the drafts behind it, if the chunk completes; else none
-    ALL = "all"  # of every token in the chunk (prompt log-probabilities); the runner gives them, no request can ask for them yet
+    ALL = "all"  # of every token in the chunk: its prompt's log-probabilities are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,14 @@ class Verdict:
     deferred_masks: tuple[int, ...]  # [B] see request.Round
     lossy_masks: tuple[int, ...]  # [B]
     bonus_is_drafted: tuple[bool, ...]  # [B] the last token is the bonus, and the drafter wrote it
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """How likely the target found tokens, for those who asked."""
+
+    emitted: tuple[tuple[TokenLogprobs, ...], ...] = ()  # [B] of the tokens of each verdict; empty if nothing is known of anybody
+    prompts: Mapping[Sequence, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of prompt tokens, from `num_scored` on
 
 
 class Foreseen(NamedTuple):

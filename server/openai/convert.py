@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -22,8 +23,9 @@ from engine.dials import DIALS
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from server.deps import Serving
+from server.detokenize import beginnings
 from server.errors import UnknownModel
-from server.generate import Job
+from server.generate import Echo, Job
 from server.openai.conversation import Conversation, conversation_of, reading_of
 from server.openai.held import grammar_of
 from server.openai.schema import ChatBody, CompletionBody, GenerationBody, Speculation
@@ -131,9 +133,26 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     job = _job(body, serving, _Asked(prompts, grammar), ignored, arrived_at)
     if not body.echo:
         return job
-    text_of = serving.tokenizer.text_of  # ids beyond the limit are refused soon, and need no text
-    shown = await _tokenised(lambda: [prompt if isinstance(prompt, str) else text_of(prompt[:limit]) for prompt in body.prompt], length)
-    return replace(job, echoes=tuple(shown))
+    # ids beyond the limit are refused soon, and need no text
+    echoes = [_Echoed(prompt, ids[:limit]) for prompt, ids in zip(body.prompt, prompts, strict=True)]
+    work = length * (8 if job.scores_prompts else 1)  # to find tokens in their text takes longer than to read it
+    return replace(job, echoes=await _tokenised(lambda: tuple(echoed.echo(serving, job.scores_prompts) for echoed in echoes), work))
+
+
+@dataclass(frozen=True)
+class _Echoed:
+    """A prompt that is to stand in front of its answers."""
+
+    prompt: str | list[int]  # as the client wrote it
+    ids: list[int]
+
+    def echo(self, serving: Serving, is_scored: bool) -> Echo:
+        tokenizer = serving.tokenizer
+        text = self.prompt if isinstance(self.prompt, str) else tokenizer.text_of(self.ids)
+        if not is_scored or max(self.ids, default=0) >= serving.info.vocab_size:  # which is refused soon
+            return Echo(text)
+        begins = beginnings(text, [tokenizer.token_text(token_id)[0] for token_id in self.ids])
+        return Echo(text, tuple(end - begin for begin, end in pairwise([*begins, len(text)])))
 
 
 def header_safe(names: Sequence[str], limit: int = 1024) -> str:
@@ -169,8 +188,6 @@ def _check_completion(body: CompletionBody) -> None:
         raise InvalidRequest(f"best_of is {body.best_of} and must be at least n, {num}.", "best_of")
     if body.stream and (body.best_of or num) > num:
         raise InvalidRequest("Which answers are best is known at the end: best_of above n cannot be streamed.", "best_of")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("Log-probabilities of a prompt are not implemented by this server yet; leave out echo or logprobs.", "echo")
 
 
 def _num_choices(body: GenerationBody) -> int:
@@ -234,6 +251,7 @@ def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[s
 
 def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) -> SamplingParams:
     num_logprobs = _num_logprobs(body)
+    num_prompt_logprobs = num_logprobs if isinstance(body, CompletionBody) and body.echo else None
     if num_logprobs is None and _num_choices(body) > (body.n or 1):
         num_logprobs = 0  # best_of goes by them
     max_tokens = body.max_completion_tokens or body.max_tokens
@@ -256,6 +274,7 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
         stop_token_ids=tuple(dict.fromkeys([*([] if body.ignore_eos else serving.info.end_token_ids), *(body.stop_token_ids or [])])),
     )
 
@@ -280,7 +299,8 @@ def _speculation(body: GenerationBody, serving: Serving) -> SpeculationParams:
         enabled = enabled if own.enabled is None else own.enabled
         max_draft = max_draft if own.max_draft is None else own.max_draft
         rule, alpha = _judged_by(own, rule, alpha, deployment)
-    return SpeculationParams(enabled=enabled, rule=rule, alpha=alpha, max_draft=max_draft)
+    writes = (body.max_completion_tokens or body.max_tokens) != 0  # else a drafter would follow the prompt for nothing
+    return SpeculationParams(enabled=enabled and writes, rule=rule, alpha=alpha, max_draft=max_draft)
 
 
 def _judged_by(own: Speculation, rule: RuleName, alpha: float, deployment: SpeculationConfig) -> tuple[RuleName, float]:
