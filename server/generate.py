@@ -49,6 +49,7 @@ class Job:
     has_usage_chunk: bool
     ignored: tuple[str, ...]  # fields that changed nothing
     num_shown: int  # of each prompt's answers: all, or the likeliest ones
+    held_by: tuple[str, ...] = ()  # the fields that hold the answers to a grammar
     wants_provenance: bool = False
     shows_logprobs: bool = False
     echoes: tuple[Echo, ...] = ()  # what stands in front of the answers to each prompt; empty for nothing
@@ -244,6 +245,7 @@ class _Answer:
         self._scanner = StopScanner(stops)
         self._num_unstopped = job.requests[0].sampling.min_tokens  # so many tokens are not searched for stop strings
         self._shows_stop = job.shows_stop
+        self._held_by = job.held_by
         self._keeps_tokens = job.wants_provenance or job.knows_logprobs
         self._text = ""  # since the last delivery, where there is no reader
         self._tokens: list[EmittedToken] = []  # since the last delivery
@@ -297,7 +299,10 @@ class _Answer:
         if reason is FinishReason.ABORT:
             raise EngineDead("The engine gave an answer up.")
         if reason is FinishReason.ERROR:
-            raise InvalidRequest("The structure that was asked for became too complex to follow; simplify it.", "response_format")
+            if not self._held_by:
+                raise EngineDead("The engine could not go on with an answer.")
+            asked = " and ".join(self._held_by)
+            raise InvalidRequest(f"What {asked} asked of the answer became too complex to follow; simplify it.", self._held_by[0])
         self.record.finish_reason = reason.value
         return self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
 

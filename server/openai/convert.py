@@ -27,11 +27,10 @@ from server.detokenize import beginnings
 from server.errors import UnknownModel
 from server.generate import Echo, Job
 from server.openai.conversation import Conversation, conversation_of, reading_of
-from server.openai.held import grammar_of
+from server.openai.held import Held, held_of, held_to_structure
 from server.openai.schema import ChatBody, CompletionBody, GenerationBody, Speculation
 from server.openai.shape import structure_of
 from server.openai.values import Body
-from server.structure import grammar_of_structure
 from server.text import LONG_TEXT, texts_in
 
 T = TypeVar("T")
@@ -93,8 +92,8 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     conversation = _conversation(body, serving)
     prompt = await _rendered(conversation, serving)
     reading = reading_of(conversation, serving, prompt, is_eager=bool(body.stream))
-    grammar = await grammar_of(structure_of(body), conversation, reading, serving)
-    job = _job(body, serving, _Asked([prompt], grammar, await _predicted(body, serving)), ignored, arrived_at)
+    held = await held_of(structure_of(body), conversation, reading, serving)
+    job = _job(body, serving, _Asked([prompt], held, await _predicted(body, serving)), ignored, arrived_at)
     return replace(job, reading=reading)
 
 
@@ -128,9 +127,8 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
     prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
-    structure = structure_of(body)
-    grammar = await grammar_of_structure(structure, serving.grammars) if structure is not None else None
-    job = _job(body, serving, _Asked(prompts, grammar), ignored, arrived_at)
+    held = await held_to_structure(structure_of(body), serving)
+    job = _job(body, serving, _Asked(prompts, held), ignored, arrived_at)
     if not body.echo:
         return job
     # ids beyond the limit are refused soon, and need no text
@@ -200,7 +198,7 @@ class _Asked:
     """What came of a body's texts."""
 
     prompts: Sequence[list[int]]
-    grammar: str | None = None
+    held: Held | None = None
     predicted: tuple[int, ...] = ()
 
 
@@ -225,7 +223,7 @@ def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[s
             prompt_ids=tuple(prompt),
             sampling=_sampling(body, serving, len(prompt)),
             speculation=speculation,
-            grammar=asked.grammar,
+            grammar=asked.held.grammar if asked.held else None,
             prediction_ids=asked.predicted,
             choices=tuple(Choice(index) for index in range(_num_choices(body))),
             priority=body.priority or 0,
@@ -241,6 +239,7 @@ def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[s
         is_stream=bool(body.stream),
         has_usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored,
+        held_by=asked.held.params if asked.held else (),
         wants_provenance=bool(body.speculation and body.speculation.provenance),
         shows_stop=bool(body.include_stop_str_in_output),
         shows_logprobs=_num_logprobs(body) is not None,
