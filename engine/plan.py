@@ -65,7 +65,9 @@ class StepPlan:
         )
 
 
-CERTAIN = math.inf  # confidence of a foreseen draft: nobody doubts it, and nothing is learnt from what becomes of it
+# Confidences of foreseen drafts, above any that a drafter can have.
+CERTAIN = math.inf  # what a grammar forces: nobody doubts it, and nothing is learnt from what becomes of it
+PREDICTED = 2.0  # what the client predicted: how often that stands says nothing of the drafter
 
 
 class QKind(enum.IntEnum):
@@ -101,7 +103,8 @@ class DraftBatch:
     drafter_computed: tuple[int, ...]  # [C] the drafter's watermark, drafts included
     lagging: tuple[bool, ...]  # [C] a row is due and the drafter has not caught up: emit nothing yet
     num_calls: tuple[int, ...]  # [C] passes of the drafter that the chunk took part in
-    # [B] of each draft's row, its largest raw probability; CERTAIN for a draft that has none; empty if nobody reads it
+    # [B] of each draft's row, its largest raw probability, 1 where a draft is all there is; CERTAIN or PREDICTED for a foreseen draft;
+    # empty if nobody reads it
     confidences: tuple[tuple[float, ...], ...] = ()
     num_passes: int = 0  # of the drafter in this step
     num_rows: int = 0  # tokens that these ran
@@ -159,6 +162,10 @@ class Foreseen(NamedTuple):
 
     token_id: int
     is_predicted: bool = False  # it comes from the request's prediction
+
+    @property
+    def confidence(self) -> float:
+        return PREDICTED if self.is_predicted else CERTAIN
 
 
 class Foresight(Protocol):

@@ -17,7 +17,7 @@ from engine.draft.copying import Copying
 from engine.draft.foresight import NoForesight
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
-from engine.plan import CERTAIN, Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
+from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
 from engine.sampling.distributions import Distributions
 from engine.sampling.draws import Purpose, draw, uniforms
 from engine.sequence import Sequence
@@ -156,7 +156,7 @@ class ModelDrafter:
             draft.predicted_mask |= foreseen.is_predicted << draft.num_drafted
             draft.ids.append(foreseen.token_id)
             draft.kinds.append(QKind.GIVEN)
-            draft.confidences.append(CERTAIN)
+            draft.confidences.append(foreseen.confidence)
 
     def _settle_for_less(self, draft: _Draft) -> None:
         """Where the row that is due behind the drafts could not be had: end in front of a foreseen token, which needs none, or lag."""
