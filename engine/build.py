@@ -159,7 +159,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     automata = Automata(vocabulary, vocab_size)
     distributions = Distributions((*STANDARD, GrammarMasks(automata), *extras.processors))
     foresight = First((Forced(automata.next), Prediction()))
-    policy = make_policy(config, extras.costs)
+    policy = make_policy(config, extras.costs, foresight)
     parts = Parts(
         scheduler=Scheduler(
             BlockPool(memory.num_blocks, block_size), Limits(config.engine.max_sequences, config.engine.max_step_tokens), policy
@@ -194,7 +194,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     return EngineCore(parts, info)
 
 
-def make_policy(config: EngineConfig, costs: Costs | None = None) -> DraftLengthPolicy:
+def make_policy(config: EngineConfig, costs: Costs | None = None, foresight: Foresight | None = None) -> DraftLengthPolicy:
     """The draft-length policy of a config. Without a drafter no slots are reserved."""
     length, costs = config.speculation.draft_length, costs or Costs()
     if isinstance(config.model.drafter, NoDrafterConfig):
@@ -206,7 +206,7 @@ def make_policy(config: EngineConfig, costs: Costs | None = None) -> DraftLength
             return ConfidenceLength(length.max, length.threshold, length.cumulative)
         case AdaptiveLengthConfig():
             drafter = PassCosts(costs.drafter) if isinstance(config.model.drafter, ModelDrafterConfig) else None
-            return AdaptiveLength(length.max, config.engine.max_step_tokens, PassCosts(costs.target), drafter)
+            return AdaptiveLength(length.max, config.engine.max_step_tokens, PassCosts(costs.target), drafter, foresight)
     return FixedLength(length.max)
 
 

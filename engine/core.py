@@ -77,12 +77,13 @@ class EngineCore:
         drafts = parts.drafter.propose(plan, parts.max_drafter_tokens)
         clock.drafted = time.perf_counter()
         plan = plan.held_back(drafts.lagging)
+        clock.num_plain_rows = sum(chunk.num_tokens for chunk in plan.chunks)
         logits, rows = parts.runner.forward(plan, drafts)
-        logits, rows = windows_of(logits, rows)
-        p = parts.distributions.of(logits, rows)
-        verdict = parts.verifier.verify(drafts, p, rows)
+        window_logits, windows = windows_of(logits, rows)
+        p = parts.distributions.of(window_logits, windows)
+        verdict = parts.verifier.verify(drafts, p, windows)
         clock.verified = time.perf_counter()
-        parts.scheduler.policy.observe_step(_timing(plan, drafts, clock))
+        parts.scheduler.policy.observe_step(_timing(drafts, clock))
         deltas = parts.scheduler.commit(plan, drafts, verdict, logprobs_of(logits, rows, verdict), parts.is_lost)
         self._observe(plan, verdict)
         clock.ended = self._ended = time.perf_counter()
@@ -102,17 +103,16 @@ class EngineCore:
     def _stats(self, plan: StepPlan, drafts: DraftBatch, deltas: list[TokenDelta], before: SchedulerCounters, clock: _Clock) -> StepStats:
         scheduler, now = self._parts.scheduler, self._parts.scheduler.counters
         rounds = [delta.round for delta in deltas if delta.round is not None]
-        num_plain_rows = sum(chunk.num_tokens for chunk in plan.chunks)
-        num_emitted = sum(len(delta.token_ids) for delta in deltas)
-        what = StepWork(num_plain_rows, drafts.num_draft_tokens, len(deltas), num_emitted)
+        num_emitted = [len(delta.token_ids) for delta in deltas if delta.token_ids]
+        what = StepWork(clock.num_plain_rows, drafts.num_draft_tokens, len(num_emitted), sum(num_emitted))
         return StepStats(
             step_seconds=clock.ended - clock.began,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_blocks=scheduler.pool.num_blocks,
             num_used_blocks=scheduler.pool.num_used,
-            num_target_tokens=num_plain_rows + drafts.num_draft_tokens,
-            num_emitted_tokens=num_emitted,
+            num_target_tokens=clock.num_plain_rows + drafts.num_draft_tokens,
+            num_emitted_tokens=sum(num_emitted),
             num_preemptions=now.num_preemptions - before.num_preemptions,
             num_prefix_queried_tokens=now.num_prefix_queried_tokens - before.num_prefix_queried_tokens,
             num_prefix_hit_tokens=now.num_prefix_hit_tokens - before.num_prefix_hit_tokens,
@@ -135,7 +135,7 @@ class EngineCore:
 
 @dataclass(slots=True)
 class _Clock:
-    """When the parts of a step began and ended."""
+    """When the parts of a step began and ended, and how many tokens its pass ran beside drafts."""
 
     ended_before: float  # the step before
     began: float = field(default_factory=time.perf_counter)
@@ -143,6 +143,7 @@ class _Clock:
     drafted: float = 0.0
     verified: float = 0.0
     ended: float = 0.0
+    num_plain_rows: int = 0
 
     @property
     def schedule_seconds(self) -> float:
@@ -157,12 +158,13 @@ class _Clock:
         return self.verified - self.drafted
 
 
-def _timing(plan: StepPlan, drafts: DraftBatch, clock: _Clock) -> StepTiming:
+def _timing(drafts: DraftBatch, clock: _Clock) -> StepTiming:
     return StepTiming(
-        num_target_rows=sum(chunk.num_tokens for chunk in plan.chunks) + drafts.num_draft_tokens,
+        num_target_rows=clock.num_plain_rows + drafts.num_draft_tokens,
         target_seconds=clock.verify_seconds,
         num_drafter_calls=drafts.num_passes,
         num_drafter_rows=drafts.num_rows,
+        num_late_rows=drafts.num_late_rows,
         drafter_seconds=clock.draft_seconds,
     )
 

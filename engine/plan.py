@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from engine.request import TokenLogprobs
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class RowsWanted(enum.Enum):
     """Of which of a chunk's tokens the logits are wanted."""
 
     WINDOW = "window"  # the last pending token and the drafts behind it, if the chunk completes; else none
-    ALL = "all"  # of every token in the chunk (prompt log-probabilities); the runner gives them, no request can ask for them yet
+    ALL = "all"  # of every token in the chunk: its prompt's log-probabilities are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,9 @@ class StepPlan:
         )
 
 
-CERTAIN = math.inf  # confidence of a foreseen draft: nobody doubts it, and nothing is learnt from what becomes of it
+# Confidences of foreseen drafts, above any that a drafter can have.
+CERTAIN = math.inf  # what a grammar forces: nobody doubts it, and nothing is learnt from what becomes of it
+PREDICTED = 2.0  # what the client predicted: how often that stands says nothing of the drafter
 
 
 class QKind(enum.IntEnum):
@@ -99,10 +103,12 @@ class DraftBatch:
     drafter_computed: tuple[int, ...]  # [C] the drafter's watermark, drafts included
     lagging: tuple[bool, ...]  # [C] a row is due and the drafter has not caught up: emit nothing yet
     num_calls: tuple[int, ...]  # [C] passes of the drafter that the chunk took part in
-    # [B] of each draft's row, its largest raw probability; CERTAIN for a draft that has none; empty if nobody reads it
+    # [B] of each draft's row, its largest raw probability, 1 where a draft is all there is; CERTAIN or PREDICTED for a foreseen draft;
+    # empty if nobody reads it
     confidences: tuple[tuple[float, ...], ...] = ()
     num_passes: int = 0  # of the drafter in this step
     num_rows: int = 0  # tokens that these ran
+    num_late_rows: int = 0  # of which the drafter only caught up with so many: nothing was drawn behind them
     predicted_masks: tuple[int, ...] = ()  # [B] bit i: draft i comes from the request's prediction; empty where none does
 
     @property
@@ -144,11 +150,23 @@ class Verdict:
     bonus_is_drafted: tuple[bool, ...]  # [B] the last token is the bonus, and the drafter wrote it
 
 
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """How likely the target found tokens, for those who asked."""
+
+    emitted: tuple[tuple[TokenLogprobs, ...], ...] = ()  # [B] of the tokens of each verdict; empty if nothing is known of anybody
+    prompts: Mapping[Sequence, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # of prompt tokens, from `num_scored` on
+
+
 class Foreseen(NamedTuple):
     """A token that can be told before any model has run."""
 
     token_id: int
     is_predicted: bool = False  # it comes from the request's prediction
+
+    @property
+    def confidence(self) -> float:
+        return PREDICTED if self.is_predicted else CERTAIN
 
 
 class Foresight(Protocol):
@@ -189,6 +207,7 @@ class StepTiming:
     target_seconds: float  # from the drafts to the verdict
     num_drafter_calls: int  # passes of the drafter
     num_drafter_rows: int  # over so many tokens in all
+    num_late_rows: int  # of which it only caught up with so many
     drafter_seconds: float
 
 
@@ -212,6 +231,10 @@ class DraftLengthPolicy(Protocol):
 
     def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
         """Who is to draft on, of those that still drafted. Asked behind every call of the drafter."""
+
+    def expects_drafts(self, num_seqs: int) -> bool:
+        """Whether a sequence whose prompt is being run, one of so many, is likely to be drafted for: if not, the drafter may leave the
+        prompt for later."""
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         """What became of a sequence's drafts. `confidences` is empty where the drafter has none."""

@@ -31,7 +31,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     Applied in this order: min_tokens, logit_bias and penalties (sampling/processors.py), temperature, top-k, top-p, min-p.
     """
 
-    max_tokens: int  # tokens of the whole answer, those in Choice.output_ids included; at least 1
+    max_tokens: int  # tokens of the whole answer, those in Choice.output_ids included; 0 runs the prompt alone
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: int = 0  # keep the k most likely tokens; 0 keeps all
     top_p: float = 1.0  # keep the most likely tokens that together reach this probability, in (0, 1]
@@ -46,6 +46,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()  # emitted, and then the answer ends; callers include EngineInfo.end_token_ids
 
     num_logprobs: int | None = None  # how many of a position's likeliest tokens to report beside the emitted one; None reports nothing
+    num_prompt_logprobs: int | None = None  # the same of every token of the prompt but its first: each row of the prompt is computed anew
 
     @property
     def is_greedy(self) -> bool:
@@ -93,7 +94,7 @@ class Round(msgspec.Struct, frozen=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
-    """How likely the target itself found an emitted token: at temperature 1, in front of masks, biases and penalties."""
+    """How likely the target itself found a token of an answer or a prompt: at temperature 1, in front of masks, biases and penalties."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # token and log-probability, the likeliest first
@@ -108,6 +109,9 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     round: Round | None = None  # None where nothing was drafted
     logprobs: tuple[TokenLogprobs, ...] = ()  # of each token; empty unless asked for
+    # of the prompt's next tokens, from its second on. Of a request's first choice alone, since they are those of all; a delta that has some
+    # has nothing else, and no choice has a token before the last of them.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     drafted_mask: int = 0  # bit i: token i is the drafter's own word, kept; the others were drawn by the target or from pi
     num_cached_tokens: int = 0  # leading prompt tokens that were not computed again
     queue_seconds: float = 0.0  # from arrival to the first step that ran a token of it

@@ -22,6 +22,7 @@ class Sequence:
     tokens: list[int] = field(init=False)  # prompt and emitted tokens
     num_computed: int = 0  # leading tokens whose KV is valid in the target's cache
     drafter_computed: int = 0  # the same for the drafter's
+    num_scored: int = field(init=False)  # leading prompt tokens whose log-probabilities were told, or are not wanted of this choice
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # content keys of the leading full blocks, grown as needed
     num_published: int = 0  # leading blocks that were offered for prefix reuse
@@ -34,6 +35,23 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = [*self.request.prompt_ids, *self.choice.output_ids]
         self.key = choice_key(self.request.sampling.seed, self.choice.index)
+        scores = self.request.sampling.num_prompt_logprobs is not None and self.choice.index == self.request.choices[0].index
+        self.num_scored = 1 if scores else len(self.request.prompt_ids)  # nothing is in front of the first token
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be told."""
+        return self.num_scored < len(self.request.prompt_ids)
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens whose KV may be found instead of being computed. At least one row must be computed, and so must every row that
+        chooses a prompt token of which a log-probability is wanted.
+
+        So a prompt that is to be scored runs from its beginning, whatever is cached: KV says nothing of logits, and scores that were kept
+        for whoever asks again would cost memory that is better spent on KV. After a preemption it goes on where it had come to.
+        """
+        return (self.num_scored if self.is_scoring else len(self.tokens)) - 1
 
     @property
     def num_pending(self) -> int:

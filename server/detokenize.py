@@ -145,3 +145,26 @@ def _borders(pattern: str) -> list[int]:
         length += pattern[i] == pattern[length]
         borders[i] = length
     return borders
+
+
+_SPARE = 8  # characters that a token may stand behind the end of the one before
+
+
+def beginnings(text: str, pieces: Sequence[str]) -> list[int]:
+    """Where in a text each token begins, given the texts of the tokens by themselves.
+
+    Each is looked for behind the one before, but not far: a token that is not in the text, such as a BOS that the tokenizer adds, a part of
+    a character, or one whose text was normalised, begins where the one before has ended. The first begins with the text.
+    """
+    found: list[int] = []
+    end, slack = 0, _SPARE
+    for piece in pieces:
+        begin = text.find(piece, end, end + slack + len(piece))
+        if begin < 0 and (bare := piece.lstrip()):  # the first word of a text may have lost its space
+            piece, begin = bare, text.find(bare, end, end + slack + len(bare))
+        if begin < 0:
+            slack += len(piece)
+        else:
+            end, slack = begin + len(piece), _SPARE
+        found.append(end if begin < 0 else begin)
+    return [0, *found[1:]]

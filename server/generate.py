@@ -29,6 +29,14 @@ TOOL_CALLS = "tool_calls"  # an answer's finish reason where it ended so that it
 
 
 @dataclass(frozen=True)
+class Echo:
+    """A prompt as it stands in front of its answers."""
+
+    text: str
+    lengths: tuple[int, ...] = ()  # characters that each of its tokens has in there, if it is to be known how likely they were
+
+
+@dataclass(frozen=True)
 class Job:
     """What a client asked for, parsed and tokenised."""
 
@@ -41,9 +49,10 @@ class Job:
     has_usage_chunk: bool
     ignored: tuple[str, ...]  # fields that changed nothing
     num_shown: int  # of each prompt's answers: all, or the likeliest ones
+    held_by: tuple[str, ...] = ()  # the fields that hold the answers to a grammar
     wants_provenance: bool = False
     shows_logprobs: bool = False
-    echoes: tuple[str, ...] = ()  # what stands in front of the answers to each prompt; empty for nothing
+    echoes: tuple[Echo, ...] = ()  # what stands in front of the answers to each prompt; empty for nothing
     shows_stop: bool = False  # what ended an answer, if it has a text, is part of the answer
     reading: Reading | None = None  # how to find thinking and calls in the answers; None: all is content
     arrived_at: float = field(default_factory=time.monotonic)
@@ -52,9 +61,13 @@ class Job:
     def knows_logprobs(self) -> bool:
         return self.requests[0].sampling.num_logprobs is not None
 
-    def echo_of(self, index: int) -> str:
-        """What stands in front of answer `index`, counted over all prompts."""
-        return self.echoes[index // len(self.requests[0].choices)] if self.echoes else ""
+    @property
+    def scores_prompts(self) -> bool:
+        return self.requests[0].sampling.num_prompt_logprobs is not None
+
+    def prompt_of(self, index: int) -> int:
+        """The number of the prompt of answer `index`, counted over all prompts."""
+        return index // len(self.requests[0].choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +111,7 @@ class Generation:
         first = job.requests[0]
         limit, speculation = serving.info.max_draft, first.speculation
         num_spec_tokens = min(limit, speculation.max_draft if speculation.max_draft is not None else limit) if speculation.enabled else 0
+        self.prompt_logprobs: tuple[list[TokenLogprobs], ...] = tuple([] for _ in job.requests)  # of all tokens but the first, if wanted
         self._job = job
         self._serving = serving
         self._num_choices = len(first.choices)
@@ -194,6 +208,9 @@ class Generation:
         """What a batch of deltas for one prompt says to the client."""
         told: dict[int, None] = {}  # answers, in the order of their first news
         for delta in deltas:
+            if delta.prompt_logprobs:  # all of them come before any answer begins
+                self.prompt_logprobs[prompt].extend(delta.prompt_logprobs)
+                continue
             index = prompt * self._num_choices + delta.choice
             answer = self._answers[index]
             if answer.record.finish_reason is not None:  # it met a stop string; the engine had not heard of it
@@ -228,6 +245,7 @@ class _Answer:
         self._scanner = StopScanner(stops)
         self._num_unstopped = job.requests[0].sampling.min_tokens  # so many tokens are not searched for stop strings
         self._shows_stop = job.shows_stop
+        self._held_by = job.held_by
         self._keeps_tokens = job.wants_provenance or job.knows_logprobs
         self._text = ""  # since the last delivery, where there is no reader
         self._tokens: list[EmittedToken] = []  # since the last delivery
@@ -281,7 +299,10 @@ class _Answer:
         if reason is FinishReason.ABORT:
             raise EngineDead("The engine gave an answer up.")
         if reason is FinishReason.ERROR:
-            raise InvalidRequest("The structure that was asked for became too complex to follow; simplify it.", "response_format")
+            if not self._held_by:
+                raise EngineDead("The engine could not go on with an answer.")
+            asked = " and ".join(self._held_by)
+            raise InvalidRequest(f"What {asked} asked of the answer became too complex to follow; simplify it.", self._held_by[0])
         self.record.finish_reason = reason.value
         return self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
 

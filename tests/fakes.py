@@ -145,8 +145,13 @@ class FakeEngine:
         if script.hold is not None:
             await script.hold.wait()
         parts = list(script.parts) if script.parts is not None else [Part((token,)) for token in request.prompt_ids]
+        for score in made_up_logprobs(request.prompt_ids[1:], request.sampling.num_prompt_logprobs):  # a step each
+            delta = TokenDelta(request_id=request.id, choice=request.choices[0].index, token_ids=(), prompt_logprobs=(score,))
+            stream.deliver(delta)
+            if not script.at_once:
+                await asyncio.sleep(script.delay)
         num_left = request.sampling.max_tokens
-        while num_left:
+        while True:  # of 0 tokens there is a last one, too
             for i, part in enumerate(parts):
                 if script.dies_after is not None and self.num_steps >= script.dies_after:
                     self.die("The engine stopped at an internal error.")

@@ -283,6 +283,7 @@ class Outcome:
 
     tokens: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=lambda: defaultdict(tuple))
     logprobs: dict[tuple[str, int], tuple[TokenLogprobs, ...]] = field(default_factory=lambda: defaultdict(tuple))
+    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=lambda: defaultdict(tuple))
     rounds: list[Round] = field(default_factory=list)
     steps: list[StepStats] = field(default_factory=list)
 
@@ -302,6 +303,11 @@ def drive(core: EngineCore, requests: Iterable[Request], max_steps: int = 3000) 
         for delta in output.deltas:
             outcome.tokens[delta.request_id, delta.choice] += delta.token_ids
             outcome.logprobs[delta.request_id, delta.choice] += delta.logprobs
+            if delta.prompt_logprobs:
+                assert not any(outcome.tokens[key] for key in list(outcome.tokens) if key[0] == delta.request_id), "an answer came first"
+                assert not delta.token_ids, "a delta with two purposes"
+                assert delta.finish_reason is None
+                outcome.prompt_logprobs[delta.request_id] += delta.prompt_logprobs
             if delta.round:
                 outcome.rounds.append(delta.round)
         for seq, work in oldest:

@@ -15,7 +15,12 @@ those, the likeliest first, whose further drafts raise expected tokens a second,
 confidences (calibration.py). One alone that goes on pays for a whole call. The idea of asking is that of Huang et al., "SpecDec++" (2024);
 here costs set the threshold, and nobody has to.
 
-The choice sees lengths, counts, times and rows, never a drafted token: the law of the text does not depend on it.
+What is foreseen stands in front of all that, and costs no call. So the text is asked, before lengths are chosen, how many of its next
+tokens are: one that a grammar forces has a rate of 1, one that the client predicted a rate of its own, learnt apart from the drafter's, and
+either takes a slot as soon as its row is worth it, however poor the drafter. The drafter's rates are those of its own first, second ...
+draft. How far the text foretells follows from what was emitted, so lengths may go by it; what is foreseen behind a draft is not asked for.
+
+The choice sees lengths, counts, times and rows, never a token that was drawn: the law of the text does not depend on it.
 """
 
 from __future__ import annotations
@@ -26,52 +31,29 @@ from itertools import accumulate
 from operator import mul
 
 from engine.draft.calibration import Calibration
-from engine.draft.costs import PassCosts
+from engine.draft.costs import CostsByBatch, PassCosts
+from engine.draft.foresight import NoForesight
 from engine.draft.length import FixedLength, share_budget
-from engine.plan import CERTAIN, Drafting, StepTiming
+from engine.draft.rates import Rate, Rates
+from engine.plan import CERTAIN, PREDICTED, Drafting, Foresight, StepTiming
 from engine.sequence import Sequence
 
 _PRIOR_RATE = 0.7  # of a draft in front of which all stood, before anything is known
-_PRIOR_WEIGHT = 4.0  # in drafts: what all sequences say, against a sequence's own
+_PREDICTED_RATE = 0.9  # of a token that the client predicted, likewise
 _MEMORY = 0.98  # of a sequence's counts at its next round
 _SHARED_MEMORY = 0.995  # of the counts of all
 _PROBES = (8, 256)  # rounds without drafts until one is tried again: at first, and at most; doubled each time that the try was in vain
+_TRYING = 0.01  # share of the time that such tries may be expected to lose
+_TRYING_MEMORY = 0.999  # of what they may lose and did not, at the next step
 _MAX_BATCH_BUCKET = 6  # 64 sequences and more
-
-
-@dataclass(slots=True)
-class _Rates:
-    """How often a draft stood in front of which all did, by position."""
-
-    verified: list[float]
-    accepted: list[float]
-
-    @classmethod
-    def nothing(cls, num: int) -> _Rates:
-        return cls([0.0] * num, [0.0] * num)
-
-    def observe(self, num_draft: int, num_accepted: int, memory: float) -> None:
-        for position in range(min(num_draft, num_accepted + 1)):
-            self.verified[position] = memory * self.verified[position] + 1
-            self.accepted[position] = memory * self.accepted[position] + (position < num_accepted)
-
-    def fade(self, memory: float) -> None:
-        """Forget a little, as a round does."""
-        self.verified = [memory * count for count in self.verified]
-        self.accepted = [memory * count for count in self.accepted]
-
-    def mixed_with(self, prior: ListLike[float]) -> list[float]:
-        """Rates that begin as the prior and become what was seen."""
-        seen = zip(prior, self.accepted, self.verified, strict=True)
-        return [(_PRIOR_WEIGHT * rate + accepted) / (_PRIOR_WEIGHT + verified) for rate, accepted, verified in seen]
 
 
 @dataclass(slots=True)
 class _History:
     """What is known of one sequence."""
 
-    rates: _Rates
-    idle_rounds: int = 0  # without drafts, since the last one
+    rates: Rates
+    idle_rounds: int = 0  # without drafts of the drafter's own, since the last one
     patience: int = field(default=_PROBES[0])  # idle rounds until a draft is tried again
 
 
@@ -80,9 +62,28 @@ class _Round:
     """How far the drafts of a step have come."""
 
     tokens: float = 0.0  # expected to be emitted, drafts so far included
-    num_rows: int = 0  # of the target
+    num_rows: int = 0  # of the target, drafts so far included
     drafter_seconds: float = 0.0  # spent
     stand: dict[Sequence, float] = field(default_factory=dict)  # of each sequence's drafts so far, how many are expected to
+
+    def begin(self, seq: Sequence, survivals: ListLike[float]) -> None:
+        """These are foreseen: they are there before any call of the drafter."""
+        self.stand[seq] = sum(survivals)
+        self.tokens += self.stand[seq]
+        self.num_rows += len(survivals)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """What drafts of one sequence are worth."""
+
+    survivals: list[float]
+    num_foreseen: int  # leading drafts that cost no call
+    limit: int  # drafts that it may make
+
+    def calls(self, position: int) -> int:
+        """Calls of the drafter that the draft at a position needs; none in front of the first."""
+        return max(0, position + 1 - self.num_foreseen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,38 +99,49 @@ class _Chance:
 class AdaptiveLength(FixedLength):
     """Chooses lengths by expected tokens a second."""
 
-    def __init__(self, max_length: int, max_step_tokens: int, target: PassCosts, drafter: PassCosts | None):
-        """`drafter` is None where drafts cost nothing: they are looked up."""
+    def __init__(
+        self, max_length: int, max_step_tokens: int, target: PassCosts, drafter: PassCosts | None, foresight: Foresight | None = None
+    ):
+        """`drafter` is None where drafts cost nothing: they are looked up. `foresight` is the one that drafts are made by."""
         super().__init__(max_length)
+        self._foresight = foresight or NoForesight()
         self._max_step_tokens = max_step_tokens
-        self._target = target
+        self._targets = CostsByBatch(target)
         self._drafter = drafter
-        self._shared: dict[int, _Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
+        self._shared: dict[int, Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
+        self._predictions = Rate()  # of all sequences, whoever else is there: no drafter makes them
         self._bucket = 0  # of the step that is being planned
         self._round = _Round()
         self._priors = [_PRIOR_RATE] * max_length  # acceptance rates by position in that step, of a sequence of which nothing is known
         self._calibrations: dict[tuple[bool, str], Calibration] = {}  # by whether a request is greedy, and by its rule
         self.reads_confidence = drafter is not None
         self._histories: dict[Sequence, _History] = {}
+        self._allowance = 0.0  # seconds that tries may lose now
+
+    @property
+    def _target(self) -> PassCosts:
+        return self._targets.of(self._bucket)
 
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
-        self._bucket = min(_MAX_BATCH_BUCKET, len(seqs).bit_length())
+        self._bucket = _bucket(len(seqs))
         self._priors = self._of_all().mixed_with([_PRIOR_RATE] * self.max_length)
-        survivals = [self._survivals(seq)[:limit] for seq, limit in zip(seqs, limits, strict=True)]
-        slots = sorted(((-s, j, b) for b, row in enumerate(survivals) for j, s in enumerate(row)))[: max(0, budget)]
+        outlooks = [self._outlook(seq, min(limit, self.max_length)) for seq, limit in zip(seqs, limits, strict=True)]
+        slots = sorted(((-s, j, b) for b, outlook in enumerate(outlooks) for j, s in enumerate(outlook.survivals)))[: max(0, budget)]
         num_rows = self._max_step_tokens - budget
         row_seconds = self._call(len(seqs)) if any(seq.needs_q for seq in seqs) else 0.0  # of rows that are due without any draft
-        num_taken = self._best(slots, len(seqs), num_rows, row_seconds)
         self._round = _Round(len(seqs), num_rows, row_seconds)
         lengths = [0] * len(seqs)
-        for _, _, b in slots[:num_taken]:
+        for _, _, b in slots[: self._best([(-s, outlooks[b].calls(j)) for s, j, b in slots])]:
             lengths[b] += 1
-        probing = self._probing(seqs, lengths, limits)
-        if self.reads_confidence:  # who drafts at all may follow a run to its end
-            most = [min(self.max_length, limit) if length else 0 for length, limit in zip(lengths, limits, strict=True)]
+        probing = self._probing(seqs, outlooks, lengths)
+        if self.reads_confidence:  # whose drafter drafts at all may follow a run to its end
+            most = [outlook.limit if outlook.calls(length - 1) else length for outlook, length in zip(outlooks, lengths, strict=True)]
             lengths = share_budget(most, budget)
-        for b in probing[: max(0, budget - sum(lengths))]:
-            lengths[b] = 1
+        for b in probing:
+            if (num_more := outlooks[b].num_foreseen + 1 - lengths[b]) <= budget - sum(lengths):
+                lengths[b] += num_more
+        for seq, outlook, length in zip(seqs, outlooks, lengths, strict=True):
+            self._round.begin(seq, outlook.survivals[: min(outlook.num_foreseen, length)])
         return lengths
 
     def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
@@ -140,7 +152,8 @@ class AdaptiveLength(FixedLength):
         chances = list[_Chance]()
         for i, draft in enumerate(drafting):
             calibration = self._calibration(draft.seq)
-            survivals = list(accumulate(map(calibration.rate, draft.confidences), mul))
+            told = {CERTAIN: 1.0, PREDICTED: self._predicted_rate(draft.seq)}
+            survivals = list(accumulate((told[c] if c in told else calibration.rate(c) for c in draft.confidences), mul))
             now.tokens += sum(survivals) - now.stand.get(draft.seq, 0.0)
             now.stand[draft.seq] = sum(survivals)
             if draft.room:
@@ -166,19 +179,32 @@ class AdaptiveLength(FixedLength):
                     best, best_rate = num, rate
         return best
 
+    def expects_drafts(self, num_seqs: int) -> bool:
+        """Whether the first draft of sequences of which nothing is known pays, of one or of all."""
+        bucket = _bucket(num_seqs)
+        target, shared = self._targets.of(bucket), self._shared.get(bucket)
+        rate = shared.own[0].mixed_with(_PRIOR_RATE) if shared is not None else _PRIOR_RATE
+        pace = num_seqs / target.at(num_seqs)
+        return any((num_seqs + num * rate) / (target.at(num_seqs + num) + self._call(num)) > pace for num in (1, num_seqs))
+
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
-        if num_draft:
-            self._calibration(seq).observe(confidences[:num_draft], num_accepted)
-            history = self._history(seq)
-            history.patience = _PROBES[0] if num_accepted else min(_PROBES[1], 2 * history.patience)
-            if CERTAIN in confidences:  # how often a client's prediction stands says nothing of the drafter
-                return
-            history.rates.observe(num_draft, num_accepted, _MEMORY)
-            self._of_all().observe(num_draft, num_accepted, _SHARED_MEMORY)
+        if not num_draft:
+            return
+        drafts = confidences[:num_draft] or [0.0] * num_draft
+        history = self._history(seq)
+        own = [j < num_accepted for j, confidence in enumerate(drafts[: num_accepted + 1]) if confidence <= 1]
+        if own:
+            history.patience = _PROBES[0] if own[0] else min(_PROBES[1], 2 * history.patience)
+        if confidences:
+            self._calibration(seq).observe(drafts, num_accepted)
+        history.rates.observe(drafts, num_accepted, _MEMORY)
+        self._of_all().observe(drafts, num_accepted, _SHARED_MEMORY)
 
     def observe_step(self, timing: StepTiming) -> None:
-        self._target.observe(timing.num_target_rows, timing.target_seconds)
-        if self._drafter is not None and timing.num_drafter_calls:
+        self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds)
+        self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
+        # a pass that catches up with many tokens of few sequences says little of one that drafts for as many
+        if self._drafter is not None and timing.num_drafter_calls and 2 * timing.num_late_rows <= timing.num_drafter_rows:
             rows = max(1, timing.num_drafter_rows // timing.num_drafter_calls)
             self._drafter.observe(rows, timing.drafter_seconds / timing.num_drafter_calls)
 
@@ -186,16 +212,17 @@ class AdaptiveLength(FixedLength):
         self._histories.pop(seq, None)
         self._round.stand.pop(seq, None)
 
-    def _best(self, slots: list[tuple[float, int, int]], num_seqs: int, num_rows: int, drafter_seconds: float) -> int:
-        """How many of the slots to take. `num_rows` of the target and `drafter_seconds` are spent in any case."""
-        tokens = float(num_seqs)
-        best, best_rate = 0, tokens / (self._target.at(num_rows) + drafter_seconds) if num_seqs else 0.0
+    def _best(self, slots: ListLike[tuple[float, int]]) -> int:
+        """How many slots to take, given the survival of each and the calls that it needs, beside what is spent in any case."""
+        tokens, num_rows, drafter_seconds = self._round.tokens, self._round.num_rows, self._round.drafter_seconds
+        best, best_rate = 0, tokens / (self._target.at(num_rows) + drafter_seconds) if tokens else 0.0
         by_depth: dict[int, int] = {}
-        for num, (negative, depth, _) in enumerate(slots, 1):
-            tokens -= negative
-            before = self._call(by_depth[depth]) if depth in by_depth else 0.0
-            by_depth[depth] = by_depth.get(depth, 0) + 1
-            drafter_seconds += self._call(by_depth[depth]) - before
+        for num, (survival, depth) in enumerate(slots, 1):
+            tokens += survival
+            if depth:
+                before = self._call(by_depth[depth]) if depth in by_depth else 0.0
+                by_depth[depth] = by_depth.get(depth, 0) + 1
+                drafter_seconds += self._call(by_depth[depth]) - before
             rate = tokens / (self._target.at(num_rows + num) + drafter_seconds)
             if rate > best_rate:
                 best, best_rate = num, rate
@@ -204,28 +231,64 @@ class AdaptiveLength(FixedLength):
     def _call(self, rows: int) -> float:
         return 0.0 if self._drafter is None else self._drafter.at(rows)
 
-    def _survivals(self, seq: Sequence) -> list[float]:
-        return list(accumulate(self._history(seq).rates.mixed_with(self._priors), mul))
+    def _foreseen(self, seq: Sequence, limit: int) -> list[float]:
+        """The rates of the tokens that the text foretells."""
+        rates, drafts = list[float](), list[int]()
+        if not self._foresight.applies(seq):
+            return rates
+        predicted = self._predicted_rate(seq)
+        while len(rates) < limit and (foreseen := self._foresight.next(seq, drafts)) is not None:
+            drafts.append(foreseen.token_id)
+            rates.append(predicted if foreseen.is_predicted else 1.0)
+        return rates
+
+    def _predicted_rate(self, seq: Sequence) -> float:
+        return self._history(seq).rates.predicted.mixed_with(self._predictions.mixed_with(_PREDICTED_RATE))
+
+    def _outlook(self, seq: Sequence, limit: int) -> _Outlook:
+        foreseen, own = self._foreseen(seq, limit), self._history(seq).rates.mixed_with(self._priors)
+        return _Outlook(list(accumulate([*foreseen, *own][:limit], mul)), len(foreseen), limit)
 
     def _calibration(self, seq: Sequence) -> Calibration:
         key = seq.request.sampling.is_greedy, seq.request.speculation.rule
         return self._calibrations.setdefault(key, Calibration())
 
-    def _probing(self, seqs: ListLike[Sequence], lengths: list[int], limits: ListLike[int]) -> list[int]:
-        """Sequences that try one draft again after a while without: what they are about may have changed."""
+    def _probing(self, seqs: ListLike[Sequence], outlooks: ListLike[_Outlook], lengths: ListLike[int]) -> list[int]:
+        """Sequences whose drafter tries one draft again after a while without: what they are about may have changed.
+
+        Where a row is dear, as among many sequences, tries would cost more than they ever find: so the longest idle come first, as far as
+        what is set aside for tries allows.
+        """
         due = []
-        for b, seq in enumerate(seqs):
+        for b, (seq, outlook) in enumerate(zip(seqs, outlooks, strict=True)):
             history = self._history(seq)
-            history.idle_rounds = 0 if lengths[b] else history.idle_rounds + 1
+            history.idle_rounds = 0 if outlook.calls(lengths[b] - 1) else history.idle_rounds + 1
             if history.idle_rounds:
                 history.rates.fade(_MEMORY)  # else a sequence would stay idle for what it was like long ago
-            if limits[b] and history.idle_rounds > history.patience:
-                history.idle_rounds = 0
+            if outlook.calls(outlook.limit - 1) and history.idle_rounds > history.patience:
                 due.append(b)
-        return due
+        due.sort(key=lambda b: -self._history(seqs[b]).idle_rounds)
+        return [b for b in due if self._may_try(seqs[b], outlooks[b], sum(lengths))]
+
+    def _may_try(self, seq: Sequence, outlook: _Outlook, num_drafts: int) -> bool:
+        """Whether one more draft, of the sequence's drafter, may be tried beside `num_drafts` of the step. It is paid for at once."""
+        now = self._round
+        num_rows, pace = now.num_rows + num_drafts, now.tokens / (self._target.at(now.num_rows) + now.drafter_seconds)
+        seconds = self._target.at(num_rows + 1) - self._target.at(num_rows) + self._call(max(1, len(seq.tokens) - seq.drafter_computed))
+        loss = max(0.0, seconds - outlook.survivals[outlook.num_foreseen] / pace)
+        if loss > self._allowance:
+            return False
+        self._allowance -= loss
+        self._history(seq).idle_rounds = 0
+        return True
 
     def _history(self, seq: Sequence) -> _History:
-        return self._histories.setdefault(seq, _History(_Rates.nothing(self.max_length)))
+        return self._histories.setdefault(seq, _History(Rates.nothing(self.max_length)))
 
-    def _of_all(self) -> _Rates:
-        return self._shared.setdefault(self._bucket, _Rates.nothing(self.max_length))
+    def _of_all(self) -> Rates:
+        return self._shared.setdefault(self._bucket, Rates.nothing(self.max_length, self._predictions))
+
+
+def _bucket(num_seqs: int) -> int:
+    """Of the size of a batch."""
+    return min(_MAX_BATCH_BUCKET, num_seqs.bit_length())

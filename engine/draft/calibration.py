@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 
-from engine.plan import CERTAIN
-
 _NUM_BINS = 10
 _PRIOR_WEIGHT = 4.0  # in drafts: a bin begins as what its confidence says
 _MEMORY = 0.999  # of a bin's counts at its next draft
@@ -23,9 +21,7 @@ class Calibration:
         self._accepted = [_PRIOR_WEIGHT * (i + 0.5) / _NUM_BINS for i in range(_NUM_BINS)]
 
     def rate(self, confidence: float) -> float:
-        """Chance that a draft of that confidence stands."""
-        if confidence == CERTAIN:
-            return 1.0
+        """Chance that a draft of that confidence stands, if the drafter made it."""
         i = _bin(confidence)
         return self._accepted[i] / self._verified[i]
 
@@ -37,7 +33,7 @@ class Calibration:
     def observe(self, confidences: ListLike[float], num_accepted: int) -> None:
         """What became of the drafts of a round, those behind the first that did not stand not being known."""
         for j, confidence in enumerate(confidences[: num_accepted + 1]):
-            if confidence == CERTAIN:
+            if confidence > 1:  # it was foreseen
                 continue
             i = _bin(confidence)
             self._verified[i] = _MEMORY * self._verified[i] + 1

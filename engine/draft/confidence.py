@@ -12,7 +12,7 @@ from collections.abc import Sequence as ListLike
 from math import prod
 
 from engine.draft.length import FixedLength
-from engine.plan import CERTAIN, Drafting
+from engine.plan import Drafting
 from engine.sequence import Sequence
 
 _MIN_SAMPLES = 20
@@ -43,7 +43,7 @@ class ConfidenceLength(FixedLength):
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         for i in range(min(num_draft, num_accepted + 1, len(confidences))):
-            if confidences[i] == CERTAIN:
+            if confidences[i] > 1:  # it was foreseen
                 continue
             self._samples.append((self._score(confidences[: i + 1]), i < num_accepted))
         self._num_rounds += 1

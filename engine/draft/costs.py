@@ -73,3 +73,28 @@ class PassCosts:
         self._values: list[float] = []
         for rows in self._known:
             self._values.append(max([self._seconds[rows], *self._values[-1:]]))
+
+
+class CostsByBatch:
+    """Seconds of the target's passes by rows, for batches of different size: t_p(B, k) of Liu et al. (2024).
+
+    A row of one more sequence costs more than one more row of a sequence that is there, whose keys are read anyway. In one table for all
+    batches, the cheap rows of few sequences would make the drafts of many look free.
+    """
+
+    def __init__(self, first: PassCosts):
+        """`first` is what a batch of unknown size begins with."""
+        self._latest = first
+        self._by_batch: dict[int, PassCosts] = {}
+
+    def of(self, batch: int) -> PassCosts:
+        """Those of a size, or class of sizes, of batches. A new one begins as the one that was observed last, of which nothing was seen
+        yet: so larger passes go along with what is seen of smaller ones."""
+        if batch not in self._by_batch:
+            self._by_batch[batch] = PassCosts(self._latest.table())
+        return self._by_batch[batch]
+
+    def observe(self, batch: int, rows: int, seconds: float) -> None:
+        """A pass over so many rows of such a batch took so long."""
+        self._latest = self.of(batch)
+        self._latest.observe(rows, seconds)

@@ -40,6 +40,9 @@ class FixedLength:
     def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
         return [True] * len(drafting)
 
+    def expects_drafts(self, num_seqs: int) -> bool:
+        return self.max_length > 0
+
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         """A fixed length learns nothing."""
 

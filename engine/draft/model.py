@@ -18,7 +18,7 @@ from engine.draft.copying import Copying
 from engine.draft.foresight import NoForesight
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
-from engine.plan import CERTAIN, Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
+from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
 from engine.sampling.distributions import Distributions
 from engine.sampling.draws import Purpose, draw, uniforms
 from engine.sequence import Sequence
@@ -39,6 +39,7 @@ class _Draft:
     is_lagging: bool = False
     is_unsure: bool = False  # nothing more is to be drafted
     num_calls: int = 0
+    num_late: int = 0  # tokens that were caught up with
     predicted_mask: int = 0  # bit i: draft i comes from the request's prediction
     confidences: list[float] = field(default_factory=list)  # of its rows, if the policy reads them
 
@@ -127,7 +128,8 @@ class ModelDrafter:
         for draft in drafts:
             if draft.chunk.completes and draft.seq.request.speculation.enabled:
                 self._foresee(draft)
-        logits, ready, left = self._catch_up(drafts, budget)
+        is_expected = self._policy.expects_drafts(len(drafts))
+        logits, ready, left = self._catch_up([d for d in drafts if is_expected or not self._may_wait(d)], budget)
         for draft in drafts:
             self._settle_for_less(draft)
         emitting = [d for d in drafts if d.chunk.completes and not d.is_lagging]
@@ -158,7 +160,7 @@ class ModelDrafter:
             draft.predicted_mask |= foreseen.is_predicted << draft.num_drafted
             draft.ids.append(foreseen.token_id)
             draft.kinds.append(QKind.GIVEN)
-            draft.confidences.append(CERTAIN)
+            draft.confidences.append(foreseen.confidence)
 
     def _settle_for_less(self, draft: _Draft) -> None:
         """Where the row that is due behind the drafts could not be had: end in front of a foreseen token, which needs none, or lag."""
@@ -172,6 +174,10 @@ class ModelDrafter:
     def _is_behind(self, draft: _Draft) -> bool:
         """Whether the row for the next position is missing although there can be one: a position up to the context's length has it."""
         return draft.computed < draft.position <= self._context_length
+
+    def _may_wait(self, draft: _Draft) -> bool:
+        """Whether nothing needs the chunk's tokens yet: a piece of a prompt that only drafts would read."""
+        return not draft.chunk.completes and not draft.seq.needs_q
 
     def _num_behind(self, draft: _Draft) -> int:
         """Tokens to run before the row for the next position is there, or before the chunk's end."""
@@ -195,6 +201,7 @@ class ModelDrafter:
             text = [*draft.seq.tokens, *draft.ids] if draft.ids else draft.seq.tokens
             ids.extend(text[draft.computed : draft.computed + num])
             draft.computed += num
+            draft.num_late = num - (draft.chunk.completes and draft.computed == draft.position)
             draft.num_calls += 1
             if draft.chunk.completes and draft.computed == draft.position:
                 rows.append(len(ids) - 1)
@@ -300,6 +307,7 @@ class ModelDrafter:
             confidences=tuple(tuple(d.confidences[: d.num_drafted]) for d in table.drafts) if self._policy.reads_confidence else (),
             num_passes=max((d.num_calls for d in drafts), default=0),
             num_rows=sum(max(0, d.computed - d.chunk.seq.drafter_computed) for d in drafts),
+            num_late_rows=sum(d.num_late for d in drafts),
             predicted_masks=tuple(d.predicted_mask for d in table.drafts),
         )
 

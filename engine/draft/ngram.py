@@ -20,18 +20,21 @@ class Window:
 
     ids: list[int] = field(default_factory=list)
     kinds: list[QKind] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
     predicted_mask: int = 0  # bit i: draft i comes from the request's prediction
 
     def add(self, token_id: int) -> None:
         """The drafter's own word."""
         self.ids.append(token_id)
         self.kinds.append(QKind.ONE_HOT)
+        self.confidences.append(1.0)
 
     def add_foreseen(self, foreseen: Foreseen) -> None:
         """What the text foretells."""
         self.predicted_mask |= foreseen.is_predicted << len(self.ids)
         self.ids.append(foreseen.token_id)
         self.kinds.append(QKind.GIVEN)
+        self.confidences.append(foreseen.confidence)
 
 
 class NoDrafter:
@@ -97,5 +100,6 @@ def batch_of(plan: StepPlan, windows: list[Window]) -> DraftBatch:
         drafter_computed=tuple(0 for _ in plan.chunks),
         lagging=tuple(False for _ in plan.chunks),
         num_calls=tuple(0 for _ in plan.chunks),
+        confidences=tuple(tuple(window.confidences) for window in windows),
         predicted_masks=tuple(window.predicted_mask for window in windows),
     )

@@ -66,9 +66,9 @@ class BlockPool:
         return keys[index]
 
     def match(self, seq: Sequence) -> list[int]:
-        """Published blocks that hold the sequence's leading tokens. Never all tokens: at least one row must be computed."""
+        """Published blocks that hold the sequence's leading tokens, as far as it may reuse any; never all of its tokens."""
         blocks = []
-        for index in range((len(seq.tokens) - 1) // self.block_size):
+        for index in range(seq.num_reusable // self.block_size):
             block = self._block_of.get(self.key(seq, index))
             if block is None:
                 break

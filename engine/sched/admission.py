@@ -53,7 +53,7 @@ class Admission:
         self._check_ids(sampling.logit_bias, "logit_bias")
         if not request.choices or len({choice.index for choice in request.choices}) < len(request.choices):
             raise InvalidRequest("A request needs at least one choice, and every choice an index of its own.", "choices")
-        if any(len(choice.output_ids) >= sampling.max_tokens for choice in request.choices):
+        if any(len(choice.output_ids) >= max(1, sampling.max_tokens) for choice in request.choices):
             raise InvalidRequest("A choice has already emitted max_tokens tokens; nothing is left to do.", "choices")
         self._check_speculation(request.speculation)
         if len(request.choices) > info.max_sequences + self._max_queued:
@@ -89,14 +89,15 @@ class Admission:
 
     @staticmethod
     def _check_sampling(sampling: SamplingParams) -> None:
+        nums = {name: getattr(sampling, name) for name in ("num_logprobs", "num_prompt_logprobs")}
         bounds = (
-            ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
+            ("max_tokens", sampling.max_tokens >= 0, "at least 0"),
             ("temperature", 0 <= sampling.temperature < math.inf, "finite and at least 0"),
             ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
             ("top_k", sampling.top_k >= 0, "at least 0"),
             ("min_p", 0 <= sampling.min_p <= 1, "between 0 and 1"),
             ("min_tokens", 0 <= sampling.min_tokens <= sampling.max_tokens, f"between 0 and max_tokens, {sampling.max_tokens}"),
-            ("num_logprobs", sampling.num_logprobs is None or 0 <= sampling.num_logprobs <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"),
+            *((name, num is None or 0 <= num <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}") for name, num in nums.items()),
             ("repetition_penalty", 0.01 <= sampling.repetition_penalty <= 100, "between 0.01 and 100"),
             ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "finite"),
             ("presence_penalty", math.isfinite(sampling.presence_penalty), "finite"),

@@ -16,12 +16,11 @@ from __future__ import annotations
 import time
 from bisect import insort_left, insort_right
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from engine.kv.block_pool import BlockPool, Model
-from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, StepPlan, Verdict
+from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, Logprobs, RowsWanted, StepPlan, Verdict
 from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
 from engine.sequence import Sequence
 
@@ -161,8 +160,12 @@ class Scheduler:
         return WaitingFor(place=num, leader=num_led) if is_full else WaitingFor(leader=num_led, budget=num)
 
     def _is_led(self, seq: Sequence, next_index: int) -> bool:
-        """Whether the first block that the sequence would compute is being computed right now by another one, as important or more."""
-        if (next_index + 1) * self.pool.block_size >= len(seq.tokens):  # it is not full
+        """Whether the first block that the sequence would compute is being computed right now by another one, as important or more; or
+        whether the request's first choice has yet to score the prompt, which they all have in common."""
+        first = self._by_request[seq.request.id].get(seq.request.choices[0].index)
+        if first is not None and first is not seq and first.is_scoring:
+            return True
+        if (next_index + 1) * self.pool.block_size > seq.num_reusable:  # it is not full, or must be computed in any case
             return False
         leader = self._leaders.by_key.get(self.pool.key(seq, next_index))
         return leader is not None and _priority(leader) <= _priority(seq)
@@ -192,7 +195,8 @@ class Scheduler:
         while not self.pool.grow(seq, seq.num_computed + num_tokens):
             if self._preempt_last() is seq:
                 return 0
-        plan.append(Chunk(seq, num_tokens, completes=num_tokens == seq.num_pending))
+        rows = RowsWanted.ALL if seq.is_scoring else RowsWanted.WINDOW
+        plan.append(Chunk(seq, num_tokens, completes=num_tokens == seq.num_pending, rows_wanted=rows))
         return num_tokens
 
     def _preempt_last(self) -> Sequence:
@@ -227,22 +231,26 @@ class Scheduler:
         plan: StepPlan,
         drafts: DraftBatch,
         verdict: Verdict,
-        logprobs: ListLike[tuple[TokenLogprobs, ...]] | None = None,
+        logprobs: Logprobs | None = None,
         is_lost: Callable[[Sequence], bool] = lambda seq: False,
     ) -> list[TokenDelta]:
         """Append what was emitted, roll back what was rejected, publish full blocks, free what has ended.
 
-        `logprobs` has an entry for each completing chunk, None stands for none. `is_lost` says of a sequence that nothing can follow it.
+        `is_lost` says of a sequence that nothing can follow it.
         """
-        deltas, row = [], 0
+        deltas, row, logprobs = list[TokenDelta](), 0, logprobs or Logprobs()
         for index, chunk in enumerate(plan.chunks):
             seq = chunk.seq
             seq.num_computed += chunk.num_tokens
             seq.num_target_calls += chunk.num_tokens > 0
             seq.num_drafter_calls += drafts.num_calls[index]
+            if scores := logprobs.prompts.get(seq):
+                seq.num_scored += len(scores)
+                deltas.append(_scored(seq, scores))
             reason = None
             if chunk.completes:
-                delta = _lost(seq) if is_lost(seq) else self._emit(seq, drafts, verdict, row, logprobs[row] if logprobs else ())
+                own = logprobs.emitted[row] if logprobs.emitted else ()
+                delta = _lost(seq) if is_lost(seq) else self._emit(seq, drafts, verdict, row, own)
                 deltas.append(delta)
                 reason, row = delta.finish_reason, row + 1
             seq.drafter_computed = min(drafts.drafter_computed[index], seq.num_computed)  # rollback moves two pointers
@@ -256,8 +264,9 @@ class Scheduler:
         return deltas
 
     def _emit(self, seq: Sequence, drafts: DraftBatch, verdict: Verdict, row: int, logprobs: tuple[TokenLogprobs, ...]) -> TokenDelta:
-        """Append the accepted window, cut at the first stop token, and the KV with it."""
-        emitted, sampling = verdict.token_ids[row], seq.request.sampling
+        """Append the accepted window, cut at the first stop token, and the KV with it. Nothing for whoever wants the prompt to be run."""
+        sampling = seq.request.sampling
+        emitted = verdict.token_ids[row] if sampling.max_tokens else ()
         assert len(emitted) <= seq.num_remaining
         stop = next((i for i, token in enumerate(emitted) if token in sampling.stop_token_ids), None)
         kept = emitted if stop is None else emitted[: stop + 1]
@@ -318,10 +327,16 @@ class Scheduler:
             assert awaited.isdisjoint(seq.block_keys[: seq.num_published]), "a block is awaited that was published"
             assert seq.drafter_computed <= seq.num_computed < len(seq.tokens), "a watermark is off"
             assert len(seq.block_table) >= self.pool.blocks_for(seq.num_computed), "KV without a block"
+            assert not seq.is_scoring or seq.num_computed < seq.num_scored, "a row of a prompt is lost"
 
 
 def _priority(seq: Sequence) -> int:
     return seq.request.priority
+
+
+def _scored(seq: Sequence, scores: tuple[TokenLogprobs, ...]) -> TokenDelta:
+    """What became known of a prompt."""
+    return TokenDelta(request_id=seq.request.id, choice=seq.choice.index, token_ids=(), prompt_logprobs=scores)
 
 
 def _lost(seq: Sequence) -> TokenDelta:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from engine.request import TokenLogprobs
 from server.deps import Serving
 from server.generate import EmittedToken, Generation, Job, TextDelta
 from server.openai import schema
@@ -48,16 +49,16 @@ class Likelihood:
 
     text: str
     raw: bytes
-    logprob: float
+    logprob: float | None  # None for the first token of a prompt
     top: tuple[Likelihood, ...] = ()
-    length: int = 0  # characters that the token adds to the answer
+    length: int = 0  # characters that the token adds to the answer, or has in the echo of its prompt
 
 
 async def answer(job: Job, serving: Serving, shape: Shape, request: Request) -> Response:
     """Run a job and respond. Whatever is refused is raised before the first byte."""
     headers = {"x-cascade-ignored": header_safe(job.ignored)} if job.ignored else {}
     generation = Generation(job, serving, request.scope["arrived_at"])
-    envelope = _Envelope(job, serving, shape)
+    envelope = _Envelope(job, serving, shape, generation.prompt_logprobs)
     if job.is_stream:
         await generation.__aenter__()  # here, so that a refusal has a status; the response leaves it
         events = _events(generation, envelope)
@@ -69,9 +70,12 @@ async def answer(job: Job, serving: Serving, shape: Shape, request: Request) -> 
 class _Envelope:
     """Makes the responses and chunks of one job, all with the same head."""
 
-    def __init__(self, job: Job, serving: Serving, shape: Shape):
+    def __init__(self, job: Job, serving: Serving, shape: Shape, prompt_logprobs: Sequence[Sequence[TokenLogprobs]]):
+        """`prompt_logprobs` of each prompt are complete when an answer to it begins."""
         self.job = job
         self.shape = shape
+        self._prompt_logprobs = prompt_logprobs
+        self._prompts: dict[int, list[Likelihood]] = {}
         self._drafter = serving.info.drafter
         self._opened: set[int] = set()
         self._token_text = serving.tokenizer.token_text
@@ -93,8 +97,7 @@ class _Envelope:
         if delta.index not in self._opened:
             self._opened.add(delta.index)
             choices = [opening] if (opening := self.shape.opening(delta.index)) is not None else []
-            if echo := self.job.echo_of(delta.index):
-                choices += self.shape.deltas(TextDelta(delta.index, echo, None))
+            choices += self._echoed(delta.index)
         if delta.text or delta.finish_reason or delta.tokens or delta.reasoning or delta.calls:
             *first, last = self.shape.deltas(delta)
             choices += [*first, self.detailed(last, delta.index, delta.tokens, is_piece=True)]
@@ -106,16 +109,48 @@ class _Envelope:
         if self.job.wants_provenance:
             choice.provenance = [_origin(token) for token in tokens]
         if self.job.shows_logprobs:
-            shown = [token for token in tokens if not token.is_hidden]
-            if shown or not is_piece:
-                self.shape.note_logprobs(choice, [self._likelihood(token) for token in shown], self._offsets[index])
-            self._offsets[index] += sum(len(token.text) for token in shown)
+            # who has a prompt scored counts tokens from the end of the list: the last one is there whether or not it has a text
+            shown = [token for token in tokens if self.job.scores_prompts or not token.is_hidden]
+            likelihoods = [self._likelihood(token.token_id, token.logprobs, len(token.text)) for token in shown]
+            if likelihoods or not is_piece:
+                self._note(choice, index, [*([] if is_piece else self._of_prompt(index)), *likelihoods])
         return choice
 
-    def _likelihood(self, token: EmittedToken) -> Likelihood:
-        assert token.logprobs is not None
-        top = tuple(Likelihood(*self._token_text(token_id), logprob) for token_id, logprob in token.logprobs.top)
-        return Likelihood(*self._token_text(token.token_id), token.logprobs.logprob, top, len(token.text))
+    def _echoed(self, index: int) -> list[schema.Choice]:
+        """The prompt, in front of a stream's answer."""
+        echo = self.echo_of(index)
+        if not echo and not self.job.scores_prompts:
+            return []
+        choices = self.shape.deltas(TextDelta(index, echo, None))
+        if self.job.scores_prompts:
+            self._note(choices[-1], index, self._of_prompt(index))
+        return choices
+
+    def echo_of(self, index: int) -> str:
+        """What stands in front of an answer."""
+        return self.job.echoes[self.job.prompt_of(index)].text if self.job.echoes else ""
+
+    def _of_prompt(self, index: int) -> list[Likelihood]:
+        """How likely the tokens of an answer's prompt were, if that was asked for."""
+        if not self.job.scores_prompts:
+            return []
+        prompt = self.job.prompt_of(index)
+        if prompt not in self._prompts:  # once for all answers to it
+            ids, lengths = self.job.requests[prompt].prompt_ids, self.job.echoes[prompt].lengths
+            tokens = zip(ids, (None, *self._prompt_logprobs[prompt]), lengths, strict=True)
+            self._prompts[prompt] = [self._likelihood(*token) for token in tokens]
+        return self._prompts[prompt]
+
+    def _note(self, choice: schema.Choice, index: int, tokens: Sequence[Likelihood]) -> None:
+        self.shape.note_logprobs(choice, tokens, self._offsets[index])
+        self._offsets[index] += sum(token.length for token in tokens)
+
+    def _likelihood(self, token_id: int, logprobs: TokenLogprobs | None, length: int) -> Likelihood:
+        """`logprobs` is None for the first token of a prompt, in front of which nothing is."""
+        if logprobs is None:
+            return Likelihood(*self._token_text(token_id), None, length=length)
+        top = tuple(Likelihood(*self._token_text(other), logprob) for other, logprob in logprobs.top)
+        return Likelihood(*self._token_text(token_id), logprobs.logprob, top, length)
 
     def usage_chunk(self, record: RequestRecord) -> schema.UsageChunk:
         usage, metrics = usage_of(record), metrics_of(record, self._drafter)
@@ -142,7 +177,7 @@ async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, 
     shape, job = envelope.shape, envelope.job
     tokens = [[token for part in answer for token in part.tokens] for answer in parts]
     choices = [
-        envelope.detailed(shape.choice(_whole(place, job.echo_of(i), parts[i])), i, tokens[i])
+        envelope.detailed(shape.choice(_whole(place, envelope.echo_of(i), parts[i])), i, tokens[i])
         for place, i in enumerate(_shown(job, tokens))
     ]
     return envelope.completion(choices, generation.record).model_dump()

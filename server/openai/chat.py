@@ -49,9 +49,14 @@ class ChatShape:
                 token=token.text,
                 logprob=token.logprob,
                 bytes=list(token.raw),
-                top_logprobs=[schema.TopLogprob(token=top.text, logprob=top.logprob, bytes=list(top.raw)) for top in token.top],
+                top_logprobs=[
+                    schema.TopLogprob(token=top.text, logprob=top.logprob, bytes=list(top.raw))
+                    for top in token.top
+                    if top.logprob is not None
+                ],
             )
             for token in tokens
+            if token.logprob is not None
         ]
         choice.logprobs = schema.ChatLogprobs(content=content)
 

@@ -39,9 +39,13 @@ class CompletionShape:
             tokens=[token.text for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
             # of tokens with the same text, such as parts of characters, the likeliest; the emitted one in any case
-            top_logprobs=[{top.text: top.logprob for top in (*reversed(token.top), token)} for token in tokens],
+            top_logprobs=[_likeliest(token) for token in tokens],
             text_offset=list(accumulate((token.length for token in tokens), initial=offset))[:-1],
         )
+
+
+def _likeliest(token: Likelihood) -> dict[str, float] | None:
+    return {top.text: top.logprob for top in (*reversed(token.top), token) if top.logprob is not None} or None
 
 
 @router.post("/completions", response_model=schema.Completion, responses=DOCUMENTED)

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -22,14 +23,14 @@ from engine.dials import DIALS
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from server.deps import Serving
+from server.detokenize import beginnings
 from server.errors import UnknownModel
-from server.generate import Job
+from server.generate import Echo, Job
 from server.openai.conversation import Conversation, conversation_of, reading_of
-from server.openai.held import grammar_of
+from server.openai.held import Held, held_of, held_to_structure
 from server.openai.schema import ChatBody, CompletionBody, GenerationBody, Speculation
 from server.openai.shape import structure_of
 from server.openai.values import Body
-from server.structure import grammar_of_structure
 from server.text import LONG_TEXT, texts_in
 
 T = TypeVar("T")
@@ -91,8 +92,8 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     conversation = _conversation(body, serving)
     prompt = await _rendered(conversation, serving)
     reading = reading_of(conversation, serving, prompt, is_eager=bool(body.stream))
-    grammar = await grammar_of(structure_of(body), conversation, reading, serving)
-    job = _job(body, serving, _Asked([prompt], grammar, await _predicted(body, serving)), ignored, arrived_at)
+    held = await held_of(structure_of(body), conversation, reading, serving)
+    job = _job(body, serving, _Asked([prompt], held, await _predicted(body, serving)), ignored, arrived_at)
     return replace(job, reading=reading)
 
 
@@ -126,14 +127,30 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
     prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
-    structure = structure_of(body)
-    grammar = await grammar_of_structure(structure, serving.grammars) if structure is not None else None
-    job = _job(body, serving, _Asked(prompts, grammar), ignored, arrived_at)
+    held = await held_to_structure(structure_of(body), serving)
+    job = _job(body, serving, _Asked(prompts, held), ignored, arrived_at)
     if not body.echo:
         return job
-    text_of = serving.tokenizer.text_of  # ids beyond the limit are refused soon, and need no text
-    shown = await _tokenised(lambda: [prompt if isinstance(prompt, str) else text_of(prompt[:limit]) for prompt in body.prompt], length)
-    return replace(job, echoes=tuple(shown))
+    # ids beyond the limit are refused soon, and need no text
+    echoes = [_Echoed(prompt, ids[:limit]) for prompt, ids in zip(body.prompt, prompts, strict=True)]
+    work = length * (8 if job.scores_prompts else 1)  # to find tokens in their text takes longer than to read it
+    return replace(job, echoes=await _tokenised(lambda: tuple(echoed.echo(serving, job.scores_prompts) for echoed in echoes), work))
+
+
+@dataclass(frozen=True)
+class _Echoed:
+    """A prompt that is to stand in front of its answers."""
+
+    prompt: str | list[int]  # as the client wrote it
+    ids: list[int]
+
+    def echo(self, serving: Serving, is_scored: bool) -> Echo:
+        tokenizer = serving.tokenizer
+        text = self.prompt if isinstance(self.prompt, str) else tokenizer.text_of(self.ids)
+        if not is_scored or max(self.ids, default=0) >= serving.info.vocab_size:  # which is refused soon
+            return Echo(text)
+        begins = beginnings(text, [tokenizer.token_text(token_id)[0] for token_id in self.ids])
+        return Echo(text, tuple(end - begin for begin, end in pairwise([*begins, len(text)])))
 
 
 def header_safe(names: Sequence[str], limit: int = 1024) -> str:
@@ -169,8 +186,6 @@ def _check_completion(body: CompletionBody) -> None:
         raise InvalidRequest(f"best_of is {body.best_of} and must be at least n, {num}.", "best_of")
     if body.stream and (body.best_of or num) > num:
         raise InvalidRequest("Which answers are best is known at the end: best_of above n cannot be streamed.", "best_of")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("Log-probabilities of a prompt are not implemented by this server yet; leave out echo or logprobs.", "echo")
 
 
 def _num_choices(body: GenerationBody) -> int:
@@ -183,7 +198,7 @@ class _Asked:
     """What came of a body's texts."""
 
     prompts: Sequence[list[int]]
-    grammar: str | None = None
+    held: Held | None = None
     predicted: tuple[int, ...] = ()
 
 
@@ -208,7 +223,7 @@ def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[s
             prompt_ids=tuple(prompt),
             sampling=_sampling(body, serving, len(prompt)),
             speculation=speculation,
-            grammar=asked.grammar,
+            grammar=asked.held.grammar if asked.held else None,
             prediction_ids=asked.predicted,
             choices=tuple(Choice(index) for index in range(_num_choices(body))),
             priority=body.priority or 0,
@@ -224,6 +239,7 @@ def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[s
         is_stream=bool(body.stream),
         has_usage_chunk=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored,
+        held_by=asked.held.params if asked.held else (),
         wants_provenance=bool(body.speculation and body.speculation.provenance),
         shows_stop=bool(body.include_stop_str_in_output),
         shows_logprobs=_num_logprobs(body) is not None,
@@ -234,6 +250,7 @@ def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[s
 
 def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) -> SamplingParams:
     num_logprobs = _num_logprobs(body)
+    num_prompt_logprobs = num_logprobs if isinstance(body, CompletionBody) and body.echo else None
     if num_logprobs is None and _num_choices(body) > (body.n or 1):
         num_logprobs = 0  # best_of goes by them
     max_tokens = body.max_completion_tokens or body.max_tokens
@@ -256,6 +273,7 @@ def _sampling(body: GenerationBody, serving: Serving, num_prompt_tokens: int) ->
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
         stop_token_ids=tuple(dict.fromkeys([*([] if body.ignore_eos else serving.info.end_token_ids), *(body.stop_token_ids or [])])),
     )
 
@@ -280,7 +298,8 @@ def _speculation(body: GenerationBody, serving: Serving) -> SpeculationParams:
         enabled = enabled if own.enabled is None else own.enabled
         max_draft = max_draft if own.max_draft is None else own.max_draft
         rule, alpha = _judged_by(own, rule, alpha, deployment)
-    return SpeculationParams(enabled=enabled, rule=rule, alpha=alpha, max_draft=max_draft)
+    writes = (body.max_completion_tokens or body.max_tokens) != 0  # else a drafter would follow the prompt for nothing
+    return SpeculationParams(enabled=enabled and writes, rule=rule, alpha=alpha, max_draft=max_draft)
 
 
 def _judged_by(own: Speculation, rule: RuleName, alpha: float, deployment: SpeculationConfig) -> tuple[RuleName, float]:

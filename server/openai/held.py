@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from engine.errors import InvalidRequest
 from server.deps import Serving
@@ -14,20 +14,35 @@ from server.tools.formats import ToolFormat, ToolUse
 from server.tools.grammar import behind_thinking, tool_grammar
 
 
-async def grammar_of(structure: Structure | None, conversation: Conversation, reading: Reading | None, serving: Serving) -> str | None:
-    """The engine's grammar; None where any text will do. Raises InvalidRequest for what cannot be held to, naming the field."""
-    shape = await grammar_of_structure(structure, serving.grammars) if structure is not None else None
+@dataclass(frozen=True)
+class Held:
+    """What answers are held to, and who asked for that."""
+
+    grammar: str  # the engine's
+    params: tuple[str, ...]  # fields of the request
+
+
+async def held_of(structure: Structure | None, conversation: Conversation, reading: Reading | None, serving: Serving) -> Held | None:
+    """None where any text will do. Raises InvalidRequest for what cannot be held to, naming the field."""
+    shape = await held_to_structure(structure, serving)
     calls = await _calls(structure, conversation, reading, serving)
     may_write = conversation.use is None or conversation.use.mode == "auto"
-    grammar = _either(calls, shape) if calls and shape and may_write else calls or shape
-    if grammar is None or reading is None or reading.reasoning is None or reading.phase not in (Phase.BEFORE, Phase.THINKING):
-        return grammar
+    held = _either(calls, shape) if calls and shape and may_write else calls or shape
+    if held is None or reading is None or reading.reasoning is None or reading.phase not in (Phase.BEFORE, Phase.THINKING):
+        return held
     ids = serving.tokenizer.added_ids((reading.reasoning.opening, reading.reasoning.closing))
-    return behind_thinking(grammar, reading.reasoning, reading.phase is Phase.THINKING, ids)
+    return replace(held, grammar=behind_thinking(held.grammar, reading.reasoning, reading.phase is Phase.THINKING, ids))
 
 
-async def _calls(structure: Structure | None, conversation: Conversation, reading: Reading | None, serving: Serving) -> str | None:
-    """The grammar of calls: of answers that call, where there is a structure that others have."""
+async def held_to_structure(structure: Structure | None, serving: Serving) -> Held | None:
+    """As `held_of`, where answers neither call nor think."""
+    if structure is None:
+        return None
+    return Held(await grammar_of_structure(structure, serving.grammars), (structure.param,))
+
+
+async def _calls(structure: Structure | None, conversation: Conversation, reading: Reading | None, serving: Serving) -> Held | None:
+    """Calls: of answers that call, where there is a structure that others have."""
     use = conversation.use
     if use is None or reading is None or reading.tools is None:
         return None
@@ -37,15 +52,18 @@ async def _calls(structure: Structure | None, conversation: Conversation, readin
         if use.mode == "auto":
             use = replace(use, mode="required")
     grammar = _grammar_of_calls(reading.tools, use, serving)
-    if grammar is not None and (mistake := await serving.grammars.mistake_in(grammar)):
+    if grammar is None:
+        return None
+    if mistake := await serving.grammars.mistake_in(grammar):
         raise InvalidRequest(f"Calls cannot be held to these tools: {mistake[:500]}", "tools")
-    return grammar
+    return Held(grammar, ("tools",))
 
 
 def _grammar_of_calls(form: ToolFormat, use: ToolUse, serving: Serving) -> str | None:
     return tool_grammar(form, use, serving.tokenizer.added_ids(form.marks))
 
 
-def _either(calls: str, shape: str) -> str:
+def _either(calls: Held, shape: Held) -> Held:
     """Answers that call, or that have the shape."""
-    return f"start: calls_of_tools | shape_of_text\n{with_start(calls, 'calls_of_tools')}\n{with_start(shape, 'shape_of_text')}"
+    rules = f"{with_start(calls.grammar, 'calls_of_tools')}\n{with_start(shape.grammar, 'shape_of_text')}"
+    return Held(f"start: calls_of_tools | shape_of_text\n{rules}", (*shape.params, *calls.params))

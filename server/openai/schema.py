@@ -216,8 +216,9 @@ class CompletionBody(GenerationBody):
     best_of: int | None = Field(
         None, ge=1, le=128, description="write so many answers and give the n likeliest, by the mean of log-probabilities"
     )
-    echo: bool | None = Field(None, description="true: the prompt stands in front of its answer")
+    echo: bool | None = Field(None, description="true: the prompt stands in front of its answer, its tokens in front of its logprobs")
     logprobs: int | None = Field(None, ge=0, le=20, description="say of each token, and of so many others, how likely the target finds it")
+    max_tokens: int | None = Field(None, ge=0, le=INT_MAX, description="0: the prompt is run, and nothing written")
     prompt: Prompts
 
 
@@ -354,9 +355,9 @@ class TextLogprobs(BaseModel):
     """Entry by entry the same tokens."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int] = Field(description="where the token begins in the answer's text, or would if a stop string were part of it")
+    token_logprobs: list[float | None] = Field(description="null for the first token of a prompt, in front of which nothing is")
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="where the token begins in the choice's text, or would if a stop string were part of it")
 
 
 class Traced(Sparse):

@@ -160,7 +160,6 @@ async def test_the_likeliest_of_several_answers(served: Served) -> None:
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"best_of": 0}, "best_of"),
         ({"best_of": 128}, "best_of"),
-        ({"echo": True, "logprobs": 0}, "echo"),
     ],
 )
 async def test_wishes_for_completions_that_cannot_be(served: Served, fields: dict[str, Any], param: str) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from engine.request import FinishReason
 from server.structure import with_start
+from tests.fakes import Part
 from tests.server.conftest import TEMPLATE, Served, error_of, serve, write_folder
 from tests.server.test_tool_grammar import PLAIN, Checker
 
@@ -93,3 +95,19 @@ def test_only_the_rule_is_renamed() -> None:
     grammar = 'start: "start" /start\\/start/ again // start\nagain: start? "a\\"start"\nrestart: "b"\n'
     want = 'other: "start" /start\\/start/ again // start\nagain: other? "a\\"start"\nrestart: "b"\n'
     assert with_start(grammar, "other") == want
+
+
+@pytest.mark.parametrize(
+    ("fields", "params"),
+    [
+        ({"tool_choice": "required"}, ["tools"]),
+        ({"tool_choice": "required", **NUMBER}, ["tools"]),
+        (NUMBER, ["response_format.json_schema.schema", "tools"]),
+        ({"tool_choice": "none", **NUMBER}, ["response_format.json_schema.schema"]),
+    ],
+)
+async def test_a_grammar_that_gets_too_complex_names_who_asked(calling: Served, fields: Any, params: list[str]) -> None:
+    calling.answer_with(parts=[Part(())], finish=FinishReason.ERROR)
+    error = error_of(await calling.chat(tools=TOOLS, **fields), 400)
+    assert error["message"].startswith(f"What {' and '.join(params)} asked of the answer became too complex")
+    assert error["param"] == params[0]

@@ -30,11 +30,15 @@ pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"{FILE} is not there"
 
 # A completion's chunks "share the same shape" as its response, in which finish_reason and usage may not be null. Both are in every chunk
 # but the last, as the schema of a chat's chunks says itself.
-MENDED: dict[tuple[str, ...], Any] = {
+_LOGPROBS = ("CreateCompletionResponse", "properties", "choices", "items", "properties", "logprobs", "anyOf", 0, "properties")
+MENDED: dict[tuple[str | int, ...], Any] = {
     ("CreateCompletionResponse", "properties", "choices", "items", "properties", "finish_reason"): {
         "enum": ["stop", "length", "content_filter", None]
     },
     ("CreateCompletionResponse", "properties", "usage"): {"anyOf": [{"$ref": "#/components/schemas/CompletionUsage"}, {"type": "null"}]},
+    # Nothing is in front of the first token of a prompt that is echoed, and OpenAI's own answers say null.
+    (*_LOGPROBS, "token_logprobs", "items"): {"type": ["number", "null"]},
+    (*_LOGPROBS, "top_logprobs", "items"): {"type": ["object", "null"], "additionalProperties": {"type": "number"}},
 }
 OURS = {"metrics", "choices.provenance", "root", "parent", "max_model_len", "data.root", "data.parent", "data.max_model_len"}
 
@@ -47,7 +51,7 @@ def schemas(is_mended: bool) -> dict[str, Any]:
         found: dict[str, Any] = yaml.load(file, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["components"]["schemas"]
     for path, mended in MENDED.items() if is_mended else ():
         *way, last = path
-        node = found
+        node: Any = found
         for key in way:
             node = node[key]
         node[last] = mended
@@ -135,6 +139,7 @@ CHAT_FIELDS: dict[str, st.SearchStrategy[Any]] = COMMON | {
 }
 TEXT_FIELDS: dict[str, st.SearchStrategy[Any]] = COMMON | {
     "logprobs": st.integers(0, 3),
+    "max_tokens": st.integers(0, 9),
     "echo": st.booleans(),
     "best_of": st.integers(1, 3),
 }
@@ -182,7 +187,8 @@ def check_answer(response: httpx.Response, path: str, body: dict[str, Any]) -> N
         assert response.status_code in (400, 404), response.text
         check(response.json(), "ErrorResponse")
     elif not body.get("stream"):
-        check(response.json(), "CreateChatCompletionResponse" if is_chat else "CreateCompletionResponse", is_mended=False)
+        is_scored = body.get("echo") is True and body.get("logprobs") is not None
+        check(response.json(), "CreateChatCompletionResponse" if is_chat else "CreateCompletionResponse", is_mended=is_scored)
     else:
         for chunk in chunks_of(response):
             check(chunk, "CreateChatCompletionStreamResponse" if is_chat else "CreateCompletionResponse")
@@ -220,7 +226,9 @@ def test_what_is_mended_is_wrong() -> None:
     """When OpenAI mends its schema, these go."""
     chunk = {"id": "a", "object": "text_completion", "created": 1, "model": "m"}
     last: dict[str, Any] = {"choices": [], "usage": None}
-    for more in ({"choices": [{"index": 0, "text": "", "logprobs": None, "finish_reason": None}]}, last):
+    choice: dict[str, Any] = {"index": 0, "text": "", "finish_reason": "stop"}
+    scored = [{"choices": [choice | {"logprobs": {key: [None]}}]} for key in ("token_logprobs", "top_logprobs")]
+    for more in ({"choices": [choice | {"logprobs": None, "finish_reason": None}]}, last, *scored):
         with pytest.raises(jsonschema.ValidationError):
             check(chunk | more, "CreateCompletionResponse", is_mended=False)
         check(chunk | more, "CreateCompletionResponse")

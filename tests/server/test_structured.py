@@ -104,12 +104,25 @@ async def test_a_schema_nested_too_deeply_is_refused(served: Served) -> None:
     assert "deeply" in error_of(await served.chat(guided_json=schema), 400)["message"]
 
 
-async def test_a_grammar_that_gets_too_complex_ends_as_the_clients_mistake(served: Served) -> None:
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"regex": "a"}, "regex"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "structured_outputs.grammar"),
+        ({"response_format": {"type": "json_object"}}, "response_format.schema"),
+    ],
+)
+async def test_a_grammar_that_gets_too_complex_ends_as_the_clients_mistake(served: Served, fields: Any, param: str) -> None:
+    """The field is named that asked for it; tests/server/test_held.py has tools."""
     served.answer_with(parts=[Part(())], finish=FinishReason.ERROR)
-    assert "too complex" in error_of(await served.chat(regex="a"), 400)["message"]
-    response = await served.chat(regex="a", stream=True)
+    error = error_of(await served.chat(**fields), 400)
+    assert error["message"].startswith(f"What {param} asked of the answer became too complex")
+    assert error["param"] == param
+    assert error_of(await served.complete(**fields), 400) == error
+    response = await served.chat(stream=True, **fields)
     assert response.status_code == 200, "it was not known before"
-    assert next(chunk for chunk in chunks_of(response) if "error" in chunk)["error"]["type"] == "invalid_request_error"
+    assert next(chunk for chunk in chunks_of(response) if "error" in chunk)["error"] == error
 
 
 async def test_the_sdk_parses_a_pydantic_model(served: Served, tokenizer: TextTokenizer) -> None:

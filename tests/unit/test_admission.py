@@ -36,7 +36,7 @@ def test_the_context_is_the_limit_and_the_numbers_are_said() -> None:
         ("top_p", 1.1),
         ("top_k", -1),
         ("min_p", 2.0),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
     ],
 )
 def test_a_bad_sampling_value_is_named(field: str, value: float) -> None:

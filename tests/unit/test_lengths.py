@@ -12,7 +12,7 @@ import pytest
 from engine.draft.adaptive import AdaptiveLength
 from engine.draft.calibration import Calibration
 from engine.draft.confidence import ConfidenceLength, best_threshold
-from engine.draft.costs import ROWS, PassCosts
+from engine.draft.costs import ROWS, CostsByBatch, PassCosts
 from engine.plan import Drafting, StepTiming
 from engine.request import Choice, SamplingParams
 from engine.sequence import Sequence
@@ -74,6 +74,20 @@ def test_costs_can_begin_with_nothing() -> None:
     for wrong in ({1: 0.0}, {1: float("nan")}, {7: 1.0}):
         with pytest.raises(ValueError, match="costs"):
             PassCosts(wrong)
+
+
+def test_costs_of_many_sequences_are_not_those_of_few() -> None:
+    """Five rows of each of four sequences, then one of each of sixteen, whose passes take longer."""
+    costs = CostsByBatch(PassCosts({1: 1.0, 16: 1.5, 32: 2.0}))
+    for _ in range(100):
+        costs.observe(4, 20, 3.0)
+    many = costs.of(16)
+    assert many.at(20) == pytest.approx(3.0, rel=0.05), "what was seen last is all that is known"
+    for _ in range(100):
+        costs.observe(16, 16, 6.0)
+    assert many.at(16) == pytest.approx(6.0, rel=0.05)
+    assert many.at(20) - many.at(16) > 0.5, "what was seen of few does not make more rows free"
+    assert costs.of(4).at(20) == pytest.approx(3.0, rel=0.05)
 
 
 # ---------------------------------------------------------------------- adaptive
@@ -149,7 +163,7 @@ class World:
             num = next((i for i in range(length) if rng.random() >= self.rate), length)
             target, drafter = 1 + self.row * length, self.call * length
             policy.observe(seq, length, num, [0.5] * length)
-            policy.observe_step(StepTiming(1 + length, target, length, length, drafter))
+            policy.observe_step(StepTiming(1 + length, target, length, length, 0, drafter))
             tokens, seconds = tokens + num + 1, seconds + target + drafter
         return tokens / seconds
 
@@ -188,7 +202,7 @@ def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
             target, drafter = 1 + 0.01 * num, call * num
             if policy is not None:
                 policy.observe(seq, num, good, confidences[place : place + num])
-                policy.observe_step(StepTiming(1 + num, target, num, num, drafter))
+                policy.observe_step(StepTiming(1 + num, target, num, num, 0, drafter))
             place, tokens, seconds = place + good + 1, tokens + good + 1, seconds + target + drafter
         return tokens / seconds
 
@@ -233,6 +247,37 @@ def test_after_a_while_without_drafts_one_is_tried() -> None:
     gaps = [b - a for a, b in itertools.pairwise(tried)]
     assert gaps == sorted(gaps), "each try that nothing comes of makes the next one rarer"
     assert all(lengths[i] == 1 for i in tried)
+
+
+def test_tries_lose_a_hundredth_of_the_time_at_most() -> None:
+    """Many sequences, of which each now and then has a draft that stands, but never for what a row and a call cost among so many."""
+    policy, seqs = adaptive({1: 1.0, 16: 1.6, 32: 3.2, 64: 6.4}, {1: 0.3, 16: 0.6}), sequences(16)
+    rng, seconds, tokens, num_tries = random.Random(1), 0.0, 0.0, 0
+    for _ in range(3000):
+        lengths = chosen(policy, seqs)
+        for seq, length in zip(seqs, lengths, strict=True):
+            num = int(length > 0 and rng.random() < 0.3)
+            policy.observe(seq, length, num, [0.3] * length)
+            tokens += 1 + num
+        num_drafts = sum(map(bool, lengths))
+        late = num_drafts * 20
+        timing = StepTiming(16 + num_drafts, 1.6 + 0.1 * num_drafts, min(1, num_drafts), late, late, 0.3 * num_drafts)
+        policy.observe_step(timing)
+        seconds += timing.target_seconds + timing.drafter_seconds
+        num_tries += num_drafts
+    assert num_tries > 20, "what they are about may have changed"
+    assert tokens / seconds > 0.98 * 16 / 1.6
+
+
+def test_prompts_are_left_for_later_where_drafts_do_not_pay() -> None:
+    policy, seqs = adaptive({1: 1.0, 8: 1.1, 16: 2.0, 32: 2.5}, {1: 0.05, 16: 0.4}), sequences(16)
+    assert policy.expects_drafts(1)
+    assert policy.expects_drafts(16), "nothing is known yet"
+    chosen(policy, seqs)
+    for seq in seqs:
+        teach(policy, seq, [(1, 0)] * 20)
+    assert not policy.expects_drafts(16)
+    assert policy.expects_drafts(1), "other batches have rates of their own"
 
 
 def test_a_sequence_that_left_is_forgotten() -> None:

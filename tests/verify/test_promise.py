@@ -23,7 +23,7 @@ from tests.tiny import (
     naive_target,
     penalise_repeats,
 )
-from tests.verify.requests import guided, mask_of, prompt, seeded
+from tests.verify.requests import greedy, guided, mask_of, prompt, seeded
 
 POLICIES: tuple[LengthConfig, ...] = (
     FixedLengthConfig(max=0),
@@ -163,3 +163,17 @@ def test_length_zero_is_no_drafter_for_unseeded_requests() -> None:
     ]
     without = drive(make_core(Setup(drafter="none")), requests).tokens
     assert drive(make_core(Setup(policy=FixedLengthConfig(max=0))), requests).tokens == without
+
+
+@pytest.mark.parametrize("max_drafter_tokens", [None, 3])
+def test_a_drafter_that_leaves_prompts_for_later_says_the_same(max_drafter_tokens: int | None) -> None:
+    """Whether drafts are expected changes from step to step, as it does with the number of sequences."""
+    setup = Setup(drafter="model", policy=FixedLengthConfig(max=3), max_step_tokens=7, max_drafter_tokens=max_drafter_tokens)
+    requests = [*greedy(8), *promised(setup)]
+    want = {(r.id, 0): answer(r, naive_target(), drafter_of(setup) if r.sampling.is_seeded else None) for r in requests}
+    for expected in (itertools.repeat(False), itertools.cycle((True, False, False))):
+        core = make_core(setup)
+        core._parts.scheduler.policy.expects_drafts = lambda num_seqs, expected=expected: next(expected)  # type: ignore[method-assign,misc]
+        outcome = drive(core, requests)
+        assert outcome.tokens == want
+        assert sum(became.num_draft for became in outcome.rounds), "it catches up when it drafts"
