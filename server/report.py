@@ -56,9 +56,7 @@ def loaded_figures(config: EngineConfig, progress: Callable[[str], None]) -> Fig
 def figures_of(info: EngineInfo) -> Figures:
     """The figures of an engine that is loaded."""
     per_token = info.kv_bytes // (info.num_blocks * info.block_size)
-    return Figures(
-        info.device, info.dtype, info.weight_bytes, per_token, info.num_blocks, info.max_model_len, place=Path(info.target_path)
-    )
+    return Figures(info.device, info.dtype, info.weight_bytes, per_token, info.num_blocks, info.max_model_len, place=Path(info.target_path))
 
 
 def estimated_figures(config: EngineConfig) -> Figures:
@@ -77,9 +75,7 @@ def estimated_figures(config: EngineConfig) -> Figures:
     per_token = sum(prospect.size.kv_values_per_token * prospect.itemsize for prospect in known)
     plan = plan_memory(config.engine, per_token, known[0].size.context_length)
     weights = sum(prospect.size.num_parameters * prospect.itemsize for prospect in known)
-    return Figures(
-        str(device), known[0].dtype, weights, per_token, plan.num_blocks, plan.max_model_len, place=known[0].member.path
-    )
+    return Figures(str(device), known[0].dtype, weights, per_token, plan.num_blocks, plan.max_model_len, place=known[0].member.path)
 
 
 def _prospect(source: ModelSource, config: EngineConfig) -> Prospect | None:

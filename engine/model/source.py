@@ -83,7 +83,9 @@ def fetch_config(source: ModelSource) -> Path | None:
     if place is not None:
         return place
     try:
-        folder = Path(snapshot_download(source.source, revision=source.revision, allow_patterns=CONFIG_FILES, ignore_patterns=UNWANTED_FILES))
+        folder = Path(
+            snapshot_download(source.source, revision=source.revision, allow_patterns=CONFIG_FILES, ignore_patterns=UNWANTED_FILES)
+        )
     except (GatedRepoError, LocalEntryNotFoundError):  # exists as far as can be told from here
         return None
     except (HfHubHTTPError, HFValidationError) as error:

@@ -158,4 +158,3 @@ async def test_a_model_whose_template_knows_no_tools_is_told_in_text(plain: Serv
     assert plain.prompt().startswith("<|im_start|>system\nBe brief.\n\n# Tools")
     await plain.chat(messages=messages, max_tokens=1)
     assert plain.prompt().startswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nWell.\n<tool_call>")
-

@@ -247,7 +247,6 @@ async def test_parameters_may_be_deep_and_not_bottomless(hermes: Served) -> None
     assert error_of(await hermes.http.post("/v1/chat/completions", content=infinite), 400)["param"] == "tools.0.function.parameters"
 
 
-
 async def test_a_deployment_says_the_form(tmp_path: Path) -> None:
     async with serve(write_folder(tmp_path, TEMPLATES["json"]), make_deployment(tool_format="hermes")) as served:
         served.say(SAID["hermes"])
