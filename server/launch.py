@@ -26,6 +26,7 @@ from server.app import create_app
 from server.deps import Serving
 from server.dialect import in_words
 from server.drain import Draining
+from server.heads import bounded
 from server.listener import refused
 from server.settings import Deployment, ServerSettings
 from server.status import Status, report
@@ -159,6 +160,7 @@ def _uvicorn_config(app: object, settings: ServerSettings) -> uvicorn.Config:
         app,  # type: ignore[arg-type]  # any ASGI application
         lifespan="on",
         log_config=None,
+        http=bounded(settings.body_timeout_seconds),
         access_log=is_debugging,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         forwarded_allow_ips="*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies),
