@@ -123,8 +123,10 @@ class StructuredOutputs(BaseModel):
     regex: Wish | None = None
     choice: Choices | None = None
     grammar: Wish | None = Field(None, description="in Lark's notation, or llama.cpp's")
-    disable_any_whitespace: bool | None = Field(None, description="true: none but behind a comma and a colon")
-    whitespace_pattern: Wish | None = Field(None, description="white space between JSON's signs, as an expression")
+    disable_any_whitespace: bool | None = Field(None, description="true: no whitespace_pattern counts")
+    whitespace_pattern: Wish | None = Field(
+        None, description="white space between JSON's signs, as an expression; none: a blank or nothing behind a comma and a colon"
+    )
 
 
 class GenerationBody(Body):
