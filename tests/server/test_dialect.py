@@ -9,7 +9,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from engine.config import ModelSource
 from engine.errors import ConfigError
+from engine.model import source
 from engine.model.loader import quiet_transformers
 from server import report
 from server.cli import app
@@ -93,6 +95,19 @@ def test_check_says_what_only_loading_would_show(tmp_path: Path) -> None:
     assert report._dialect(settings, None) == ("unknown offline", "unknown offline")
     (tmp_path / "model.gguf").touch()
     assert report._dialect(settings, tmp_path / "model.gguf") == ("known when it is loaded", "known when it is loaded")
+
+
+def test_the_chat_template_is_fetched_with_the_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer checkpoints have it in a file of its own."""
+    asked: list[str] = []
+
+    def snapshot(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(source, "snapshot_download", snapshot)
+    assert source.fetch_config(ModelSource(source="owner/name")) is None
+    assert {"*.json", "*.jinja"} <= set(asked)
 
 
 def test_check_refuses_a_form_that_the_model_would_never_write(deployment: Path) -> None:
