@@ -86,7 +86,7 @@ def _guard(app: FastAPI, settings: ServerSettings) -> None:
     errors.install(app, refused)
     app.add_middleware(errors.Unforeseen, refused=refused)
     app.add_middleware(BodyLimit, bounds=BodyBounds(settings.max_body_bytes, settings.body_timeout_seconds), refused=refused)
-    app.add_middleware(BearerAuth, digests=digests_of(settings), refused=refused)
+    app.add_middleware(BearerAuth, digests=digests_of(settings), refused=refused, max_open=settings.max_requests_per_key)
     if settings.cors_origins:  # around the keys: a browser asks first whether it may send one, and reads refusals, too
         app.add_middleware(
             CORSMiddleware,

@@ -41,3 +41,29 @@ def _reasoning(template: str | None, name: reasoning.FormatName) -> ReasoningFor
     if name == "none" or template is None:
         return None
     return reasoning.detected(template) if name == "auto" else reasoning.FORMATS[name]
+
+
+def in_words(
+    template: str | None, tool_format: formats.FormatName = "auto", reasoning_format: reasoning.FormatName = "auto"
+) -> tuple[str, str]:
+    """What the dialect's calls and thinking are, and who says so; for operators. Raises ConfigError as `dialect_of` does."""
+    dialect = dialect_of(template, tool_format, reasoning_format)
+    if template is None:
+        return ("none: the model has no chat template",) * 2
+    return _tools_in_words(dialect.tools, template, tool_format), _reasoning_in_words(dialect.reasoning, reasoning_format)
+
+
+def _tools_in_words(form: ToolFormat | None, template: str, name: formats.FormatName) -> str:
+    if name != "auto":
+        return f"{name}, by server.tool_format"
+    if form is None:
+        return "none: the chat template writes calls in a form that is not known"
+    if not formats.has_place_for_tools(template):
+        return f"{form.name}, told in text: the chat template has no place for tools"
+    return f"{form.name}, by the chat template"
+
+
+def _reasoning_in_words(form: ReasoningFormat | None, name: reasoning.FormatName) -> str:
+    if name != "auto":
+        return f"{name}, by server.reasoning_format"
+    return "none: the chat template marks none" if form is None else f"{form.name}, by the chat template"

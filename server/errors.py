@@ -7,7 +7,8 @@ The class decides whether client or server is at fault; no route catches anythin
     ├── BodyTooLarge       a body of more bytes than the deployment takes
     ├── BodyTooComplex     a body that is nested too deeply or has too many keys or values
     ├── BodyTimeout        a body that took too long to come
-    └── InvalidKey         no API key, or a wrong one
+    ├── InvalidKey         no API key, or a wrong one
+    └── TooManyOfKey       as many requests of one API key are open as the deployment allows
     engine.errors.ServerError
     ├── RequestTimeout     an answer that took longer than the deployment allows
     ├── NotLoaded          the model is still being loaded
@@ -72,6 +73,17 @@ class InvalidKey(ClientError):
         super().__init__("Missing or incorrect API key. Send one as 'Authorization: Bearer KEY'.")
 
 
+class TooManyOfKey(ClientError):
+    """As many requests of one API key are open as the deployment allows. The server itself may have room."""
+
+    retry_after = 1  # nobody knows when one of them ends; most clients wait longer each time
+
+    def __init__(self, limit: int):
+        super().__init__(
+            f"As many requests of this API key are open as may be: {limit} (server.max_requests_per_key). Try again when one is answered."
+        )
+
+
 class RequestTimeout(ServerError):
     """An answer that took longer than the deployment allows; what was written of it is lost."""
 
@@ -117,6 +129,7 @@ TABLE: Mapping[type[BaseException], Entry] = {
     BodyTooComplex: Entry(400, "invalid_request_error", "request_too_complex"),
     BodyTimeout: Entry(408, "invalid_request_error", "body_timeout"),
     InvalidKey: Entry(401, "invalid_request_error", "invalid_api_key"),
+    TooManyOfKey: Entry(429, "requests", "rate_limit_exceeded"),  # the type is what there are too many of, as at OpenAI
     ContextLengthExceeded: Entry(400, "invalid_request_error", "context_length_exceeded"),
     InvalidRequest: Entry(400, "invalid_request_error"),  # and the param that the error names
     CrashingRequest: Entry(400, "invalid_request_error", "request_crashes_engine"),
@@ -192,6 +205,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {  # what /openapi.json says of ev
         405: "The route has another method.",
         408: "The body did not come, or the answer was not complete, in time.",
         413: "The body is too large.",
+        429: "The API key has too many open requests.",
         500: "The server failed.",
         503: "Not now: the queue is full, the engine is being restarted, the server is loading or shutting down.",
     }.items()

@@ -1,4 +1,4 @@
-"""API keys: who may ask at all. Keeps digests and no keys; gives nobody more than another.
+"""API keys: who may ask at all, and how much at once. Keeps digests and no keys; gives nobody more than another.
 
 A key stands in the deployment's `api_keys`, in CASCADE_API_KEYS or in `api_keys_file`, as it is or as `sha256:` and its digest.
 """
@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import ConfigError
-from server.errors import InvalidKey, Refused, refuse
+from server.errors import InvalidKey, Refused, TooManyOfKey, refuse
 from server.fit import DIGEST, fit_key
 from server.settings import ServerSettings
 
@@ -61,24 +61,43 @@ class BearerAuth:
     """Middleware: whoever asks for anything but OPEN_PATHS must send one of the keys. A body is not read before.
 
     Unknown paths are no exception: what exists is nobody's business without a key. Without keys everybody is served.
+    Of POST requests, which are those that take work, a key may have `max_open` at once; None: any number.
     """
 
-    def __init__(self, app: ASGIApp, digests: tuple[bytes, ...], refused: Refused):
+    def __init__(self, app: ASGIApp, digests: tuple[bytes, ...], refused: Refused, max_open: int | None = None):
         self._app = app
         self._digests = digests
         self._refused = refused
+        self._max_open = max_open
+        self._num_open = [0] * len(digests)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._digests and not _is_open(scope["path"]) and not self._is_known(Headers(scope=scope)):
-            await refuse(InvalidKey(), self._refused)(scope, receive, send)
+        if scope["type"] != "http" or not self._digests or _is_open(scope["path"]):
+            await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        place = self._place_of_key(Headers(scope=scope))
+        if place is None:
+            await refuse(InvalidKey(), self._refused)(scope, receive, send)
+        elif self._max_open is None or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+        elif self._num_open[place] >= self._max_open:
+            await refuse(TooManyOfKey(self._max_open), self._refused)(scope, receive, send)
+        else:
+            await self._counted(place, scope, receive, send)
 
-    def _is_known(self, headers: Headers) -> bool:
+    async def _counted(self, place: int, scope: Scope, receive: Receive, send: Send) -> None:
+        self._num_open[place] += 1
+        try:
+            await self._app(scope, receive, send)  # until all of a stream is sent
+        finally:
+            self._num_open[place] -= 1
+
+    def _place_of_key(self, headers: Headers) -> int | None:
+        """Which of the keys was sent; None for none of them."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _sha256(key.strip().encode("latin-1"))
         matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: the time must not say which
-        return scheme.lower() == "bearer" and any(matches)
+        return matches.index(True) if scheme.lower() == "bearer" and any(matches) else None
 
 
 def _is_open(path: str) -> bool:

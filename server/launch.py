@@ -23,7 +23,10 @@ from engine.stats import EngineInfo
 from engine.supervision import Supervision
 from engine.threads import give_way
 from server.app import create_app
+from server.deps import Serving
+from server.dialect import in_words
 from server.drain import Draining
+from server.heads import bounded
 from server.listener import refused
 from server.settings import Deployment, ServerSettings
 from server.status import Status, report
@@ -54,6 +57,7 @@ async def _run(deployment: Deployment, listener: socket.socket, say: Say, factor
         try:
             info = await _loaded_by(server, serving, app)
             say(_loaded(info))
+            say(_understood(app.state.serving))
             give_way()
             ending.serve(server, app.state.draining, deployment.server.drain_seconds)
             say(_ready(deployment, listener))
@@ -156,6 +160,7 @@ def _uvicorn_config(app: object, settings: ServerSettings) -> uvicorn.Config:
         app,  # type: ignore[arg-type]  # any ASGI application
         lifespan="on",
         log_config=None,
+        http=bounded(settings.body_timeout_seconds),
         access_log=is_debugging,
         timeout_graceful_shutdown=CLOSING_SECONDS,
         forwarded_allow_ips="*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies),
@@ -170,6 +175,12 @@ def _loaded(info: EngineInfo) -> str:
         f"the KV cache holds {info.num_blocks * info.block_size:,} tokens in {info.num_blocks:,} blocks ({in_bytes(info.kv_bytes)}), "
         f"the served context is {info.max_model_len:,} tokens"
     )
+
+
+def _understood(serving: Serving) -> str:
+    server = serving.deployment.server
+    calls, thinking = in_words(serving.tokenizer.template_source, server.tool_format, server.reasoning_format)
+    return f"Tool calls: {calls}. Thinking: {thinking}"
 
 
 def _ready(deployment: Deployment, listener: socket.socket) -> str:

@@ -17,14 +17,16 @@ from engine.model.linear import choose
 from engine.model.loader import ModelSize, PairMember, check_pair, estimate, read_config, resolve_device, resolve_dtype
 from engine.model.source import fetch_config
 from engine.stats import EngineInfo
+from server.dialect import in_words
 from server.keys import digests_of
-from server.settings import Deployment
+from server.settings import Deployment, ServerSettings
+from server.text import TextTokenizer
 from server.units import UNKNOWN, in_bytes
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Memory and length; None where it is not known."""
+    """Memory, length and where the tokenizer is; None where it is not known."""
 
     device: str
     dtype: str
@@ -33,6 +35,7 @@ class Figures:
     num_blocks: int | None = None
     max_model_len: int | None = None
     unread: tuple[str, ...] = ()  # models whose configs could not be had
+    place: Path | None = None  # the target's folder, or a .gguf file that becomes one when it is loaded
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def loaded_figures(config: EngineConfig, progress: Callable[[str], None]) -> Fig
 def figures_of(info: EngineInfo) -> Figures:
     """The figures of an engine that is loaded."""
     per_token = info.kv_bytes // (info.num_blocks * info.block_size)
-    return Figures(info.device, info.dtype, info.weight_bytes, per_token, info.num_blocks, info.max_model_len)
+    return Figures(info.device, info.dtype, info.weight_bytes, per_token, info.num_blocks, info.max_model_len, place=Path(info.target_path))
 
 
 def estimated_figures(config: EngineConfig) -> Figures:
@@ -72,7 +75,7 @@ def estimated_figures(config: EngineConfig) -> Figures:
     per_token = sum(prospect.size.kv_values_per_token * prospect.itemsize for prospect in known)
     plan = plan_memory(config.engine, per_token, known[0].size.context_length)
     weights = sum(prospect.size.num_parameters * prospect.itemsize for prospect in known)
-    return Figures(str(device), known[0].dtype, weights, per_token, plan.num_blocks, plan.max_model_len)
+    return Figures(str(device), known[0].dtype, weights, per_token, plan.num_blocks, plan.max_model_len, place=known[0].member.path)
 
 
 def _prospect(source: ModelSource, config: EngineConfig) -> Prospect | None:
@@ -120,9 +123,19 @@ def _quantizations(deployment: Deployment) -> list[str]:
     return [f"{name} {side.quantization}" for name, side in sides if side.quantization != "none"]
 
 
+def _dialect(server: ServerSettings, place: Path | None) -> tuple[str, str]:
+    """How the model writes calls and thinking. Raises ConfigError for a form that it would never write."""
+    if place is None:
+        return UNKNOWN, UNKNOWN
+    if place.is_file():
+        return ("known when it is loaded",) * 2
+    return in_words(TextTokenizer.from_folder(place).template_source, server.tool_format, server.reasoning_format)
+
+
 def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
     engine, server, drafter = deployment.engine, deployment.server, deployment.model.drafter
     blocks = UNKNOWN if figures.num_blocks is None else f"{figures.num_blocks:,} of {engine.block_size} tokens"
+    calls, thinking = _dialect(server, figures.place)
     return [
         ("model ids", ", ".join(deployment.model_ids)),
         ("target", deployment.model.target.source),
@@ -135,6 +148,8 @@ def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
         ("KV of a token", in_bytes(figures.kv_bytes_per_token)),
         ("blocks", blocks),
         ("served context", UNKNOWN if figures.max_model_len is None else f"{figures.max_model_len:,} tokens"),
+        ("tool calls", calls),
+        ("thinking", thinking),
         ("address", f"{server.scheme}://{server.host}:{server.port}"),
         ("API keys", f"{len(digests)}" if (digests := digests_of(server)) else "none: everybody is served"),
     ]

@@ -46,8 +46,13 @@ class ServerSettings(Section):
         (), description="origins whose pages browsers let in, such as https://example.org; '*' is any"
     )
     max_queued_requests: int = Field(256, ge=1, le=1_000_000, description="answers that may wait before new ones get a 503")
+    max_requests_per_key: int | None = Field(
+        None, ge=1, le=1_000_000, description="open requests of one API key; beyond it is a 429; none: no bound"
+    )
     max_body_bytes: ByteSize = Field(ByteSize(32 << 20), ge=1, description="longest body of a request, such as 32MiB; beyond it is a 413")
-    body_timeout_seconds: float = Field(60.0, gt=0, le=86_400, allow_inf_nan=False, description="longest that sending a body may take")
+    body_timeout_seconds: float = Field(
+        60.0, gt=0, le=86_400, allow_inf_nan=False, description="longest that sending the head of a request may take, and then its body"
+    )
     send_timeout_seconds: float = Field(
         60.0, ge=1, le=86_400, allow_inf_nan=False, description="a client that takes nothing of its answer for so long is left (on Linux)"
     )
@@ -99,6 +104,11 @@ class Deployment(EngineConfig):
         if (self.server.tls_certificate is None) != (self.server.tls_key is None):
             missing = "tls_key" if self.server.tls_key is None else "tls_certificate"
             raise ValueError(f"server.{missing} - is required: tls_certificate and tls_key go together")
+        if self.server.max_requests_per_key is not None and not self.server.api_keys and self.server.api_keys_file is None:
+            raise ValueError(
+                f"server.max_requests_per_key: {self.server.max_requests_per_key} - counts by key, and there are none: "
+                "set server.api_keys or server.api_keys_file"
+            )
         longest = self.speculation.draft_length.max
         for name, preset in self.speculation.presets.items():
             if preset.max_draft is not None and preset.max_draft > longest:

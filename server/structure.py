@@ -2,6 +2,12 @@
 
 Every grammar is a text in llguidance's dialect of Lark whose first rule is `start`. It is checked here, so that whoever asks for what
 cannot be held to is told before anything runs.
+
+JSON is one line, with a blank or nothing behind each comma and colon, whichever a model is used to, and nothing elsewhere, unless a
+client wishes it otherwise: white space costs tokens, and where any amount of it is allowed, an unsure model goes on with it for ever.
+Asked for 25 documents, the embedded pair writes 548 tokens so, and 797 with any white space up to 20 characters; and 797, too, with a
+blank or a new line and its indentation, since the library allows white space in front of commas and colons wherever it allows any. In
+each case 70 of 80 values are right. Compact JSON alone is 520 tokens, and 62 are right.
 """
 
 from __future__ import annotations
@@ -21,8 +27,8 @@ from llguidance import LLMatcher, grammar_from
 from engine.errors import InvalidRequest
 from engine.grammar.automaton import Vocabulary
 
-# A model that is unsure goes on with white space for ever where a schema allows any amount of it. So much indents five levels deep.
-SOME_SPACE = r"[ \n\r\t]{0,20}"
+# Separators are expressions. The library has no white space in front of them this way.
+_LIGHT: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _LONGEST_REASON = 500  # characters of an explanation
 _NUM_CHECKED = 256
@@ -35,7 +41,7 @@ class Structure:
     kind: str  # json, regex, choice or grammar
     value: Any  # a schema; an expression; texts; a grammar in Lark's or llama.cpp's notation
     param: str  # the field that asked
-    white_space: str | None = SOME_SPACE  # of JSON, as an expression; None for none but ", " and ": "
+    white_space: str | None = None  # between JSON's signs, as an expression; None: a blank behind a comma and a colon, or none
 
 
 class Checker:
@@ -74,6 +80,13 @@ async def grammar_of_structure(structure: Structure, checker: Checker) -> str:
     return grammar
 
 
+def json_of(schema: Mapping[str, Any], is_lenient: bool = False, white_space: str | None = None) -> str:
+    """What JSON of a schema is in a grammar. `is_lenient`: keywords that cannot be held to are no mistakes. The schema's own options count
+    for nothing."""
+    space = _LIGHT if white_space is None else {"whitespace_pattern": white_space}
+    return f"%json {json.dumps({**schema, 'x-guidance': {'lenient': is_lenient, **space}}, allow_nan=False)}"
+
+
 def with_start(grammar: str, name: str) -> str:
     """The same grammar, whose first rule has another name: to be a part of a larger one. Texts and expressions in it stay as they are."""
     return _TEXT_OR_START.sub(lambda match: name if match[0] == "start" else match[0], grammar)
@@ -83,17 +96,12 @@ _TEXT_OR_START = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|\bs
 
 
 def _json(structure: Structure) -> str:
-    """Keywords that cannot be held to are mistakes, whatever the schema's own options say."""
     schema = _ANY_OBJECT if structure.value is None else structure.value
     if isinstance(schema, bool):
         if not schema:
             raise _refused(structure, "the schema false allows nothing")
         schema = {}
-    space = structure.white_space
-    how: dict[str, Any] = {"lenient": False, "whitespace_pattern": space}
-    if space is None:
-        how = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return f"start: %json {json.dumps({**schema, 'x-guidance': how})}\n"
+    return f"start: {json_of(schema, white_space=structure.white_space)}\n"
 
 
 def _regex(structure: Structure) -> str:

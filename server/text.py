@@ -6,13 +6,11 @@ Raises InvalidRequest for what a client's text is to blame for, and SourceError 
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 from engine.errors import ClientError, ContextLengthExceeded, InvalidRequest, SourceError
 from server.detokenize import Detokenizer, NumberWriter
 from server.template import DEFAULT_TURN, ChatTemplate, Message, Turn
+from server.tokenizer_file import byte_decoders, byte_level, length_bound, without_first_prefix
 
 LONG_TEXT = 8192  # characters; a longer one is worth a thread, in which `encode` and `encode_chat` leave the interpreter to others
 
@@ -59,16 +58,16 @@ class TextTokenizer:
         spec = json.loads(self._tokenizer.to_str())  # as this version writes it: files leave out what has a default
         self._literal_tokenizer = _reading_literally(tokenizer_json)  # the flag is state of an instance, so there are two
         self._inner_tokenizer = self._literal_tokenizer  # for what does not begin a text
-        if (inner := _without_first_prefix(spec)) is not None:
+        if (inner := without_first_prefix(spec)) is not None:
             self._inner_tokenizer = _reading_literally(json.dumps(inner))
-        self._length_bound = _length_bound(spec)
+        self._length_bound = length_bound(spec)
         added: dict[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()
         self._added = {token.content: token_id for token_id, token in added.items()}
         self._special = {token.content: (token_id, token) for token_id, token in added.items() if token.special}
         self.special_ids = frozenset(token_id for token_id, _ in self._special.values())
         self._any_special = _any_of(self._special)
         self._prefix = tuple(self._tokenizer.encode("", add_special_tokens=True).ids[:1])  # BOS, where the tokenizer adds one
-        self._is_byte_level, self._has_byte_fallback = _byte_decoders(spec.get("decoder"))
+        self._is_byte_level, self._has_byte_fallback = byte_decoders(spec.get("decoder"))
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> TextTokenizer:
@@ -158,7 +157,7 @@ class TextTokenizer:
         if token is None:  # the padding of an embedding matrix has no text
             return b""
         if self._is_byte_level:
-            return _byte_level(token)
+            return byte_level(token)
         return bytes.fromhex(token[3:5]) if _BYTE_TOKEN.fullmatch(token) else None
 
     def text_of(self, ids: Sequence[int]) -> str:
@@ -240,7 +239,7 @@ class _Escape:
         return f"{self._mark}{len(self._hidden) - 1}\ue001"
 
 
-# ---------------------------------------------------------------------- tokenizer files
+# ---------------------------------------------------------------------- tokenizers
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -264,91 +263,6 @@ def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> l
     return ids
 
 
-def _parts(entry: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, which may be a sequence of sequences."""
-    if entry is None:
-        return []
-    return [part for inner in entry[key] for part in _parts(inner, key)] if key in entry else [entry]
-
-
-def _without_first_prefix(spec: dict[str, Any]) -> dict[str, Any] | None:
-    """The tokenizer for what stands behind the beginning of a text; None if that is the same one.
-
-    Only Metaspace treats a beginning in its own way: under the scheme "first" it puts a word's mark before it.
-    """
-    inner: dict[str, Any] = spec | {"pre_tokenizer": copy.deepcopy(spec["pre_tokenizer"])}
-    parts = [part for part in _parts(inner["pre_tokenizer"], "pretokenizers") if part.get("prepend_scheme") == "first"]
-    for part in parts:
-        part["prepend_scheme"] = "never"
-    return inner if parts else None
-
-
-@dataclass(frozen=True)
-class _LengthBound:
-    """How few tokens a text can have, from its length alone."""
-
-    characters_per_token: int
-    dropped: tuple[str, ...]  # characters that have no token
-
-    def least_tokens(self, text: str) -> int:
-        num_kept = len(text) - sum(text.count(char) for char in self.dropped)
-        return -(-num_kept // self.characters_per_token)
-
-
-def _length_bound(spec: dict[str, Any]) -> _LengthBound | None:
-    """None for a tokenizer that may shorten a text before it looks for tokens, or that may stand one token for anything unknown.
-
-    BPE over bytes, or with a token for every byte, does neither: a token is written with at least as many signs as it stands for
-    characters.
-    """
-    model, added = spec["model"], spec["added_tokens"]
-    if (
-        model["type"] != "BPE"
-        or model["continuing_subword_prefix"]
-        or model["end_of_word_suffix"]
-        or not all(_keeps_length(part) for part in _parts(spec["normalizer"], "normalizers"))
-        or not all(_keeps_characters(part) for part in _parts(spec["pre_tokenizer"], "pretokenizers"))
-        or any(token["lstrip"] or token["rstrip"] for token in added)
-    ):
-        return None
-    dropped = _dropped(spec)
-    longest = max(map(len, (*model["vocab"], *(token["content"] for token in added))))
-    return None if dropped is None else _LengthBound(longest, dropped)
-
-
-def _dropped(spec: dict[str, Any]) -> tuple[str, ...] | None:
-    """The characters that have no token; None if they cannot be told. Vocabularies over bytes lack some that training never saw."""
-    vocab: dict[str, int] = spec["model"]["vocab"]
-    if not any(part["type"] == "ByteLevel" for part in _parts(spec["pre_tokenizer"], "pretokenizers")):
-        has_all = spec["model"]["byte_fallback"] and all(f"<0x{byte:02X}>" in vocab for byte in range(256))
-        return () if has_all else None
-    missing = {byte for sign, byte in _byte_level_table().items() if sign not in vocab}
-    if not missing.isdisjoint(range(0x80, 0xC0)):  # each character that is not ASCII has one of these
-        return None
-    return tuple(chr(byte) for byte in sorted(missing) if byte < 0x80)
-
-
-def _keeps_length(normalizer: dict[str, Any]) -> bool:
-    if normalizer["type"] == "Replace":
-        pattern = normalizer["pattern"].get("String")
-        return pattern is not None and len(normalizer["content"]) >= len(pattern)
-    return normalizer["type"] in ("Prepend", "NFD")
-
-
-def _keeps_characters(pre_tokenizer: dict[str, Any]) -> bool:
-    if pre_tokenizer["type"] == "Split":
-        return str(pre_tokenizer["behavior"]) != "Removed"
-    return pre_tokenizer["type"] in ("ByteLevel", "Digits", "Metaspace")
-
-
-def _byte_decoders(decoder: dict[str, Any] | None) -> tuple[bool, bool]:
-    """Whether all tokens stand for bytes, and whether some do."""
-    if decoder is None:
-        return False, False
-    kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
-    return "ByteLevel" in kinds, "ByteFallback" in kinds
-
-
 def texts_in(value: Any) -> Iterator[str]:
     """All texts in something that was JSON, keys included."""
     if isinstance(value, str):
@@ -369,22 +283,6 @@ def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, Mapping):
         return {change(key): _with_texts(part, change) for key, part in value.items()}
     return [_with_texts(part, change) for part in value] if isinstance(value, list) else value
-
-
-def _byte_level(token: str) -> bytes:
-    table = _byte_level_table()
-    try:
-        return bytes(table[char] for char in token)
-    except KeyError:  # an added token that is written as it is
-        return token.encode("utf-8", "replace")
-
-
-@lru_cache(maxsize=1)
-def _byte_level_table() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: a byte that prints stands for itself, the others follow from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _any_of(literals: Iterable[str]) -> re.Pattern[str]:

@@ -38,6 +38,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+CONFIG_FILES = ["*.json", "*.jinja"]
 UNWANTED_FILES = ["*/*", "consolidated*"]  # the same weights again in another layout
 
 
@@ -82,7 +83,9 @@ def fetch_config(source: ModelSource) -> Path | None:
     if place is not None:
         return place
     try:
-        folder = Path(snapshot_download(source.source, revision=source.revision, allow_patterns=["*.json"], ignore_patterns=UNWANTED_FILES))
+        folder = Path(
+            snapshot_download(source.source, revision=source.revision, allow_patterns=CONFIG_FILES, ignore_patterns=UNWANTED_FILES)
+        )
     except (GatedRepoError, LocalEntryNotFoundError):  # exists as far as can be told from here
         return None
     except (HfHubHTTPError, HFValidationError) as error:

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from engine.request import TokenLogprobs
 from server.deps import Serving
 from server.generate import EmittedToken, Generation, Job, TextDelta
-from server.openai import schema
+from server.openai import response_schema as schema
 from server.openai.convert import header_safe
 from server.record import ChoiceRecord, RequestRecord
 from server.stream import EventStream, unless_disconnected

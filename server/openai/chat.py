@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request, Response
 
 from server.deps import Served
 from server.generate import TextDelta
-from server.openai import schema
+from server.openai import response_schema as schema
 from server.openai.answer import Likelihood, answer
 from server.openai.convert import chat_job
+from server.openai.schema import ChatBody
 from server.reading import CallPiece
 
 router = APIRouter()
@@ -78,6 +79,6 @@ def _call_delta(piece: CallPiece) -> dict[str, Any]:
 
 
 @router.post("/chat/completions", response_model=schema.Completion)
-async def create_chat_completion(body: schema.ChatBody, serving: Served, request: Request) -> Response:
+async def create_chat_completion(body: ChatBody, serving: Served, request: Request) -> Response:
     """Answer a conversation."""
     return await answer(await chat_job(body, serving), serving, ChatShape(), request)

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request, Response
 
 from server.deps import Served
 from server.generate import TextDelta
-from server.openai import schema
+from server.openai import response_schema as schema
 from server.openai.answer import Likelihood, answer
 from server.openai.convert import completion_job
+from server.openai.schema import CompletionBody
 from server.stream import DOCUMENTED
 
 router = APIRouter()
@@ -49,6 +50,6 @@ def _likeliest(token: Likelihood) -> dict[str, float] | None:
 
 
 @router.post("/completions", response_model=schema.Completion, responses=DOCUMENTED)
-async def create_completion(body: schema.CompletionBody, serving: Served, request: Request) -> Response:
+async def create_completion(body: CompletionBody, serving: Served, request: Request) -> Response:
     """Continue texts or token ids."""
     return await answer(await completion_job(body, serving), serving, CompletionShape(), request)

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from server.deps import Served, Serving
 from server.errors import UnknownModel
-from server.openai.schema import Model, ModelList
+from server.openai.response_schema import Model, ModelList
 
 router = APIRouter()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from server.openai.schema import GenerationBody, ResponseFormat, StructuredOutputs
-from server.structure import SOME_SPACE, Structure
+from server.structure import Structure
 
 
 def structure_of(body: GenerationBody) -> Structure | None:
@@ -24,10 +24,9 @@ def _wishes(body: GenerationBody) -> Iterator[Structure]:
         yield from _of_format(body.response_format)
     if body.structured_outputs is not None:
         yield from _of_outputs(body.structured_outputs)
-    space = SOME_SPACE if body.guided_whitespace_pattern is None else body.guided_whitespace_pattern
     for param, schema in (("guided_json", body.guided_json), ("json_schema", body.json_schema)):
         if schema is not None:
-            yield Structure("json", _schema(schema, param), param, space)
+            yield Structure("json", _schema(schema, param), param, body.guided_whitespace_pattern)
     for param, kind, value in (
         ("guided_regex", "regex", body.guided_regex),
         ("regex", "regex", body.regex),
@@ -54,7 +53,7 @@ def _of_format(wish: ResponseFormat) -> Iterator[Structure]:
 
 def _of_outputs(wish: StructuredOutputs) -> Iterator[Structure]:
     param = "structured_outputs"
-    space = None if wish.disable_any_whitespace else wish.whitespace_pattern or SOME_SPACE
+    space = None if wish.disable_any_whitespace else wish.whitespace_pattern
     if wish.json_ is not None:
         yield Structure("json", _schema(wish.json_, f"{param}.json"), f"{param}.json", space)
     if wish.json_object:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.reasoning import ReasoningFormat
-from server.structure import with_start
+from server.structure import json_of, with_start
 from server.tools.formats import ARGUMENTS, Function, ToolFormat, ToolUse
 
 Ids = Mapping[str, int]  # of marks that are tokens beside the vocabulary
@@ -110,7 +110,8 @@ def _rules(form: ToolFormat, use: ToolUse, ids: Ids) -> list[str]:
 
 
 def _call_rules(form: ToolFormat, number: int, function: Function, ids: Ids) -> Sequence[str]:
-    arguments = f"arguments_{number}: %json {json.dumps(_schema(function), allow_nan=False)}"
+    """What a schema asks for that cannot be enforced is a mistake only in a strict function."""
+    arguments = f"arguments_{number}: {json_of(_schema(function), is_lenient=not function.is_strict)}"
     if form.is_named:
         return f"call_{number}: {_quoted(function.name)} arguments arguments_{number}", arguments
     head = f'{{"name": {json.dumps(function.name)}, "{form.arguments_key}": '
@@ -118,11 +119,10 @@ def _call_rules(form: ToolFormat, number: int, function: Function, ids: Ids) -> 
 
 
 def _schema(function: Function) -> dict[str, Any]:
-    """A function without parameters takes none. What a schema asks for that cannot be enforced is a mistake only in a strict function."""
+    """A function without parameters takes none."""
     if not function.parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    lenient = {} if function.is_strict else {"x-guidance": {"lenient": True}}
-    return {"type": "object", **function.parameters, **lenient}
+    return {"type": "object", **function.parameters}
 
 
 def _mark(text: str, spelt: str, ids: Ids) -> str:

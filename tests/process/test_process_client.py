@@ -1,20 +1,12 @@
-"""The engine in a process of its own, over a fake core: frames, losses, restarts, endings. No tensors in these children."""
+"""The engine in a process of its own, over a fake core: frames, and how it is loaded. No tensors in these children."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
-import re
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,57 +14,20 @@ from typing import Any, cast
 
 import msgspec
 import numpy
-import psutil
 import pytest
 
-from engine.client import Stream
 from engine.config import EngineConfig
-from engine.errors import ContextLengthExceeded, CrashingRequest, EngineDead, EngineError, EngineRestarting, InvalidRequest, SourceError
+from engine.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest, SourceError
 from engine.incarnation import Incarnation
 from engine.process import ProcessClient
 from engine.request import SamplingParams
-from engine.supervision import Supervision
 from engine.wire import Add, Loaded, encode
 from tests.fakes import make_info
-from tests.process.fake import FACTORY, POISON, TRAP, make_config
-from tests.process.processes import engines, folders
+from tests.process.clients import child_of, loading, make_client, started, tokens_of
+from tests.process.fake import make_config
+from tests.process.processes import engines
 from tests.server.conftest import until
 from tests.unit.factories import make_request
-
-ROOT = Path(__file__).parents[2]
-QUICK = Supervision(backoff_seconds=0.01, max_backoff_seconds=0.05, end_seconds=2, max_restarts=100)
-
-
-def make_client(supervision: Supervision = QUICK, **script: object) -> ProcessClient:
-    return ProcessClient(make_config(**script), 10, supervision=supervision, factory=FACTORY)
-
-
-def loading(said: list[str], **script: object) -> ProcessClient:
-    """One whose progress is written down."""
-    return ProcessClient(make_config(**script), 10, said.append, QUICK, FACTORY)
-
-
-@asynccontextmanager
-async def started(supervision: Supervision = QUICK, **script: object) -> AsyncIterator[ProcessClient]:
-    client = make_client(supervision, **script)
-    await client.start()
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-def child_of(client: ProcessClient) -> psutil.Process:
-    assert client._child is not None
-    return psutil.Process(client._child._process.pid)
-
-
-async def tokens_of(stream: Stream) -> list[int]:
-    return [token for batch in [batch async for batch in stream] for delta in batch for token in delta.token_ids]
-
-
-async def back(client: ProcessClient) -> None:
-    await until(lambda: client.health.is_ready, seconds=20)
 
 
 # ---------------------------------------------------------------------- while all is well
@@ -234,223 +189,3 @@ async def test_the_working_directory_does_not_lend_its_modules(monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     async with started() as client:
         assert client.health.is_ready
-
-
-# ---------------------------------------------------------------------- losses
-async def test_a_crash_fails_what_is_open_and_the_engine_comes_back() -> None:
-    async with started(delay=0.01) as client:
-        losses: list[bool] = []
-        client.on_loss(losses.append)
-        before = client.info.incarnation
-        stream = client.submit(make_request(max_tokens=10**5))
-        await anext(stream)
-        child_of(client).kill()
-        with pytest.raises(EngineDead, match=r"killed by signal 9"):
-            await tokens_of(stream)
-        assert (client.health.is_alive, client.health.is_ready) == (True, False)
-        assert client.info.incarnation == before
-        with pytest.raises(EngineRestarting, match="nothing of this request was run") as caught:
-            client.submit(make_request(id="meanwhile"))
-        assert caught.value.retry_after >= 1
-        await back(client)
-        assert client.info.incarnation != before
-        assert losses == [True]
-        assert await tokens_of(client.submit(make_request())) == [0, 1, 2, 3]
-
-
-async def test_a_step_that_raises_is_a_loss_with_its_reason() -> None:
-    async with started(fails_at=3) as client:
-        stream = client.submit(make_request(max_tokens=10))
-        with pytest.raises(EngineDead, match=r"internal error \(RuntimeError: boom\)"):
-            await tokens_of(stream)
-        await back(client)
-        assert await tokens_of(client.submit(make_request(max_tokens=2))) == [0, 1]
-
-
-async def test_an_engine_that_hangs_is_killed_and_comes_back() -> None:
-    hasty = Supervision(heartbeat_seconds=0.05, hang_seconds=0.6, backoff_seconds=0.01, end_seconds=1)
-    async with started(hasty, delay=0.01) as client:
-        await asyncio.sleep(1)
-        assert client.health.is_ready, "heartbeats of an idle engine"
-        stream, stopped = client.submit(make_request(max_tokens=10**5)), child_of(client)
-        await anext(stream)
-        stopped.suspend()
-        with pytest.raises(EngineDead, match="hung: nothing was heard of it for 1 s"):
-            await tokens_of(stream)
-        await back(client)
-        assert not stopped.is_running()
-        assert await tokens_of(client.submit(make_request())) == [0, 1, 2, 3]
-
-
-async def test_a_step_that_never_ends_is_killed_and_says_where_it_stood(capfd: pytest.CaptureFixture[str]) -> None:
-    async with started(Supervision(heartbeat_seconds=0.05, hang_seconds=0.6, backoff_seconds=0.01), sticks_at=2) as client:
-        stuck, stream = child_of(client), client.submit(make_request())
-        with pytest.raises(EngineDead, match="hung"):
-            await tokens_of(stream)
-        await until(lambda: not stuck.is_running())
-    assert re.search(r'fake.py", line \d+ in step', capfd.readouterr().err)
-
-
-async def test_a_step_ten_times_as_long_as_the_longest_is_no_hang() -> None:
-    async with started(Supervision(heartbeat_seconds=0.05, hang_seconds=0.2, hang_steps=10), delay=0.4) as client:
-        client._longest_step = 0.4  # as after a first step
-        assert await tokens_of(client.submit(make_request(max_tokens=2))) == [0, 1]
-
-
-async def test_a_request_that_was_there_at_three_crashes_is_refused() -> None:
-    async with started() as client:
-        for attempt in range(3):
-            stream = client.submit(make_request(id=f"try {attempt}", prompt=(POISON, 1)))
-            with pytest.raises(EngineDead):
-                await tokens_of(stream)
-            await back(client)
-        with pytest.raises(CrashingRequest, match="failed 3 times"):
-            client.submit(make_request(id="again", prompt=(POISON, 1)))
-        assert await tokens_of(client.submit(make_request(id="other"))) == [0, 1, 2, 3]
-
-
-async def test_a_request_that_hangs_the_engine_is_refused_even_if_nobody_waits_for_it_to_the_end() -> None:
-    hasty = Supervision(heartbeat_seconds=0.05, hang_seconds=0.6, backoff_seconds=0.01, max_losses=1)
-    async with started(hasty, delay=0.01) as client:
-        async with client.submit(make_request(id="left in peace", prompt=(7,))) as stream:
-            await anext(stream)
-        await until(lambda: not client._leaving)
-        async with client.submit(make_request(prompt=(TRAP,), max_tokens=100, num_choices=2)) as stream:
-            await anext(stream)
-            await asyncio.sleep(0.2)  # it hangs by now
-        assert not len(client._requests)
-        await until(lambda: not client.health.is_ready)
-        await back(client)
-        await tokens_of(client.submit(make_request(id="other", prompt=(7,))))
-        with pytest.raises(CrashingRequest):
-            client.submit(make_request(id="again", prompt=(TRAP,), max_tokens=100, num_choices=2))
-
-
-async def test_a_request_that_comes_to_its_end_is_above_suspicion() -> None:
-    async with started(delay=0.01) as client:
-        for is_killed in (True, True, False, True, True, False):
-            stream = client.submit(make_request(max_tokens=30))
-            await anext(stream)
-            if is_killed:
-                child_of(client).kill()
-                with pytest.raises(EngineDead):
-                    await tokens_of(stream)
-                await back(client)
-            else:
-                assert (await tokens_of(stream))[-1] == 29
-
-
-async def test_when_the_budget_is_spent_the_engine_stays_away() -> None:
-    async with started(Supervision(backoff_seconds=0.01, max_restarts=2)) as client:
-        losses: list[bool] = []
-        client.on_loss(losses.append)
-        for _ in range(3):
-            await back(client)
-            before = len(losses)
-            child_of(client).kill()
-            await until(lambda: len(losses) > before)  # noqa: B023
-        assert losses == [True, True, False]
-        assert not client.health.is_alive
-        assert "restarted 2 times within 600 s and stays away" in client.health.reason
-        for call in (lambda: client.submit(make_request()), lambda: client.info):
-            with pytest.raises(EngineDead, match="stays away"):
-                call()
-
-
-async def test_a_restart_that_cannot_load_counts_against_the_budget(tmp_path: Path) -> None:
-    async with started(Supervision(backoff_seconds=0.01, max_restarts=2), only_once=tmp_path / "mark") as client:
-        child_of(client).kill()
-        await until(lambda: not client.health.is_alive, seconds=20)
-        assert "the weights are gone" in client.health.reason
-
-
-# ---------------------------------------------------------------------- endings
-async def test_closing_fails_open_streams_and_leaves_nothing() -> None:
-    client = make_client(delay=0.01)
-    await client.start()
-    child, stream = child_of(client), client.submit(make_request(max_tokens=10**5))
-    await anext(stream)
-    await client.close()
-    await client.close()
-    with pytest.raises(EngineDead, match="closed"):
-        await tokens_of(stream)
-    assert not child.is_running()
-    assert not engines()
-    assert not folders()
-
-
-async def test_a_process_that_does_not_end_is_killed() -> None:
-    client = make_client(Supervision(end_seconds=0.2))
-    await client.start()
-    child = child_of(client)
-    child.suspend()
-    await client.close()
-    assert not child.is_running()
-
-
-async def test_ctrl_c_is_the_parents_business_and_sigterm_ends() -> None:
-    async with started(delay=0.005) as client:
-        stream = client.submit(make_request(max_tokens=40))
-        child_of(client).send_signal(signal.SIGINT)
-        assert len(await tokens_of(stream)) == 40
-        child_of(client).terminate()
-        await until(lambda: not client.health.is_ready)
-        await back(client)
-
-
-async def test_twenty_restarts_leave_nothing_behind() -> None:
-    process = psutil.Process()
-    async with started(delay=0.001) as client:
-        counts: list[tuple[int, int, int]] = []
-        for attempt in range(20):
-            stream = client.submit(make_request(prompt=(attempt,), max_tokens=10**5))
-            await anext(stream)
-            child_of(client).kill()
-            with pytest.raises(EngineDead):
-                await tokens_of(stream)
-            await back(client)
-            gc.collect()
-            counts.append((process.num_fds(), process.num_threads(), process.memory_info().rss))
-        assert len(engines()) == 1
-        assert counts[-1][:2] == counts[1][:2]
-        assert counts[-1][2] - counts[4][2] < 8 << 20
-        assert len(asyncio.all_tasks()) <= 6
-        assert not folders()
-
-
-PARENT = """
-import asyncio, sys
-from engine.process import ProcessClient
-from tests.fakes import make_info
-from tests.process.fake import FACTORY, make_config
-from tests.unit.factories import make_request
-
-async def main():
-    client = ProcessClient(make_config({script}), factory=FACTORY, progress=lambda text: print(text, flush=True))
-    await client.start()
-    stream = client.submit(make_request(max_tokens=10**5))
-    await anext(stream)
-    print("stepping", flush=True)
-    await asyncio.sleep(600)
-
-asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize(("script", "line"), [("loads=600", "Loading the fake"), ("delay=0.01", "stepping"), ("sticks_at=2", "stepping")])
-def test_the_engine_ends_with_its_parent(script: str, line: str) -> None:
-    """Killed, so that nothing of the parent runs any more: while the engine loads, between steps, and in a step that keeps the lock."""
-    code = PARENT.replace("{script}", script)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as parent:
-        assert parent.stdout is not None
-        while parent.stdout.readline().strip() != line:
-            pass
-        time.sleep(0.2)  # the second step has begun
-        (child,) = engines(parent.pid)
-        parent.kill()
-    _, alive = psutil.wait_procs([child], timeout=5)
-    for process in alive:
-        process.kill()
-    assert not alive
-    assert not folders()

@@ -21,6 +21,7 @@ from server.app import create_app
 from server.settings import Deployment
 from server.text import TextTokenizer
 from tests.fakes import FakeEngine, Part, Script, make_info
+from tests.server.families import TEMPLATES
 
 TEMPLATE = """{%- for message in messages %}
 {%- if message.role == 'system' and not loop.first %}{{ raise_exception('The system message must come first.') }}{% endif %}
@@ -161,6 +162,13 @@ async def serve_socket(folder: Path, deployment: Deployment | None = None) -> As
 async def served(folder: Path) -> AsyncIterator[Served]:
     async with serve(folder) as it:
         yield it
+
+
+@pytest.fixture
+async def hermes(tmp_path: Path) -> AsyncIterator[Served]:
+    """A model whose template teaches tools."""
+    async with serve(write_folder(tmp_path, TEMPLATES["hermes"]), max_model_len=4096) as served:
+        yield served
 
 
 @pytest.fixture(params=["in process", "over a socket"])

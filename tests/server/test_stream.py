@@ -117,7 +117,7 @@ async def test_an_engine_that_dies_in_mid_stream(both: Served) -> None:
     assert b'finish_reason="error",model="tiny",preset=""} 1.0' in (await both.http.get("/metrics")).content
 
 
-@pytest.mark.parametrize("broken", ["server.generate._Answer.push", "server.openai.schema.Chunk.model_dump_json"])
+@pytest.mark.parametrize("broken", ["server.generate._Answer.push", "server.openai.response_schema.Chunk.model_dump_json"])
 async def test_an_unforeseen_error_in_mid_stream(
     served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:

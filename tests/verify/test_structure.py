@@ -117,7 +117,9 @@ async def test_every_document_that_ends_is_valid(drafter: str, folder: Path) -> 
     ended = [i for i, reason in ends.items() if reason is FinishReason.STOP]
     assert FinishReason.ERROR not in ends.values()
     assert len(ended) > 0.8 * len(SCHEMAS), "too few documents ended to prove anything"
-    assert drafter == "none" or 0.1 * num_drafted < num_accepted < 0.95 * num_drafted
+    assert drafter == "none" or 0.1 * num_drafted < num_accepted < 0.98 * num_drafted, (
+        "what a schema forces always stands; other drafts may not"
+    )
     for i in ended:
         assert answers[i][-1] == END
         document = json.loads(tokenizer.decode(answers[i]))
