@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu`: what this engine makes of a GPU, one named bar each, against what the GPU itself does and transformers' generate.
+"""`python -m benchmarks.gpu`: what this engine makes of a GPU, one named bar each, against what the GPU itself does and transformers.
 
-Needs no network and reads no weights but those of the bar `real-text`: models have real shapes and random weights, made on the device. Where a
-figure hangs on how often drafts stand, the pair's agreement is tuned, and the figure says so (gpu_models.py).
+Needs no network and reads no weights but those of the bar `real-text`: models have real shapes and random weights, made on the device.
+Where a figure hangs on how often drafts stand, the pair's agreement is tuned, and the figure says so (gpu_models.py).
 
 What is expected stands beside each bar, with its arithmetic, and was written down before anything was measured; a run prints how far off it
 was. Standard output gets one line, a JSON object; with --output it is written after every bar, so that a run that is cut off keeps what it
@@ -52,8 +52,9 @@ class GpuBar(Bar):
     why: str  # the arithmetic of the prediction
 
 
-# Predictions are for one H100 SXM (3.35 TB/s, of which copies reach 2.9; 650 Tflop/s of 989 for real matrices) and were written on 2026-11-22,
-# before this engine had run there with these shapes. An engine that launches its kernels one by one takes 10 us for each: some 20 a layer.
+# Predictions are for one H100 SXM (3.35 TB/s, of which copies reach 2.9; 650 Tflop/s of 989 for real matrices) and were written on
+# 2026-11-22, before this engine had run there with these shapes. An engine that launches its kernels one by one takes 10 us for each,
+# some 20 a layer; predictions are for such a one.
 BARS: dict[str, GpuBar] = {
     "decode-1": GpuBar(
         "8B, one stream, no drafts: bytes of weights and KV read a second, of the bytes copied a second",
@@ -85,7 +86,7 @@ BARS: dict[str, GpuBar] = {
         "at most",
         " %",
         predicted=20.0,
-        why="busy for 15.0 GB and the small kernels: 7 ms; launches take 6.4 ms beside them, but 1.8 ms of sampling and planning are in between",
+        why="busy for 15.0 GB and small kernels: 7 ms; launches take 6.4 ms beside them, and 1.8 ms of sampling and planning lie between",
     ),
     "prefill": GpuBar(
         "8B, a prompt of 8,192 tokens: operations a second, of those of a product of matrices",
@@ -326,9 +327,7 @@ def _table(report: GpuReport) -> Table:
         spread = f"{min(result.repetitions):.3g} to {max(result.repetitions):.3g}" if result.repetitions else "-"
         met = {None: "skipped" if result.skipped else "FAILED", True: "yes", False: "NO"}[result.is_met]
         predicted = f"{result.predicted:g}{result.unit}"
-        table.add_row(
-            result.name, result.what, result.weights, result.bar, predicted, result.measured, result.distance, spread, met
-        )
+        table.add_row(result.name, result.what, result.weights, result.bar, predicted, result.measured, result.distance, spread, met)
     return table
 
 

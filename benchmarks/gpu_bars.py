@@ -181,7 +181,10 @@ def prefill(setting: GpuSetting) -> Measured:
     operations = pass_operations(setting.models.pair.model, shape.prefill)
     sides: Sides[Ids, float] = Sides(
         lambda _: setting.prompts(1, shape.prefill)[0],
-        [lambda ids: operations / program.answer(ids, 1, stops=False).seconds, lambda _: matrix_rate(setting.device, shape.dtype, shape.matrix)],
+        [
+            lambda ids: operations / program.answer(ids, 1, stops=False).seconds,
+            lambda _: matrix_rate(setting.device, shape.dtype, shape.matrix),
+        ],
     )
     _warm(sides)
     rows = in_turns(sides, setting.turns(shape.prompts))
@@ -278,9 +281,7 @@ def real_text(setting: GpuSetting) -> Measured:
     except SourceError as reason:
         raise BarSkipped(str(reason)) from reason
     prompts, num_tokens = built_in(setting.shape.prompts), setting.shape.answer
-    sides = Sides(
-        encoded(plain, prompts), [lambda ids: drafting.answer(ids, num_tokens), lambda ids: plain.answer(ids, num_tokens)]
-    )
+    sides = Sides(encoded(plain, prompts), [lambda ids: drafting.answer(ids, num_tokens), lambda ids: plain.answer(ids, num_tokens)])
     _warm(sides)
     rows = in_turns(sides, setting.turns(len(prompts)))
     return measured(compare(rows, rate_ratio), _drafting(rows) | equal_texts(rows))

@@ -1,9 +1,10 @@
-"""Models of real shapes with random weights, made on the device, and a pair that agrees as often as is asked for. Downloads and reads nothing.
+"""Models of real shapes with random weights, made on the device, and a pair that agrees as often as is asked for. Reads nothing.
 
-What a pass costs depends on shapes, not on what weights say. What speculation brings depends on how often drafts stand as well, and random
-models never agree; so the pair's agreement is *tuned*: the drafter is the target's own first layer with its embedding, norm and head, and
-what the target's later layers add is scaled until the target says what the first layer says as often as is wanted. Such a figure is right
-for a drafter of this cost and this agreement. It says nothing of how often real drafters are right; wherever it is shown, it is said.
+What a pass costs depends on shapes, not on what weights say. What speculation brings depends on how often drafts stand as well, and
+random models never agree. So the pair's agreement is *tuned*: the drafter is the target's own first layer with its embedding, norm and
+head, and what the target's later layers add is scaled until the target says what the first layer says as often as is wanted. Such a figure
+is right for a drafter of this cost and this agreement. It says nothing of how often real drafters are right; wherever it is shown, it is
+said.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def bisect(share_at: Callable[[float], float], goal: float, tolerance: float) ->
         if high > 1e4:
             raise BenchmarkError(f"A share of {goal} is reached nowhere: at {low:g} times the weights it is larger still.")
     tried = list[tuple[float, float]]()
-    for _ in range(14):
+    for _ in range(20):
         middle = (low + high) / 2
         tried.append((middle, share_at(middle)))
         if abs(tried[-1][1] - goal) <= tolerance:
@@ -245,13 +246,16 @@ def bisect(share_at: Callable[[float], float], goal: float, tolerance: float) ->
 
 
 # ---------------------------------------------------------------------- engines and prompts
+NONE = FixedLengthConfig(max=0)
+
+
 @dataclass(frozen=True)
 class Asked:
     """What an engine is to hold, and how long it drafts."""
 
     num_sequences: int
     num_tokens: int  # of each, prompt and answer
-    length: LengthConfig = FixedLengthConfig(max=0)
+    length: LengthConfig = NONE
     costs: Costs | None = None
 
 

@@ -56,7 +56,9 @@ def busy_seconds(device: torch.device, run: Callable[[], object]) -> tuple[float
         wait_for(device)
     events = [event for event in found.events() or () if event.device_type == kind and not event.is_user_annotation]
     if not events:
-        raise BarSkipped("the profiler saw no kernels here; in a container it may need CAP_SYS_ADMIN, or NVreg_RestrictProfilingToAdminUsers=0")
+        raise BarSkipped(
+            "the profiler saw no kernels here; in a container it may need CAP_SYS_ADMIN, or NVreg_RestrictProfilingToAdminUsers=0"
+        )
     return covered((event.time_range.start, event.time_range.end) for event in events) / 1e6, len(events)
 
 

@@ -42,3 +42,7 @@ class KVCache:
         torch.index_select(self._layers[layer], 0, slots.flatten(), out=kv)
         kv = kv.view(*slots.shape, *self._shape)
         return kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
+
+    def let_go(self) -> None:
+        """Give up the place that `read` keeps."""
+        self._read = self._read.new_empty(0, *self._read.shape[1:])
