@@ -277,7 +277,7 @@ def real_text(setting: GpuSetting) -> Measured:
     changes: dict[str, Any] = {"engine.device": str(setting.device)}
     changes |= {f"{model}.{key}": value for model in models for key, value in (("dtype", dtype), ("quantization", "none"))}
     try:
-        drafting, plain = (engine_program(variant(setting.config, changes | extra)) for extra in (EXACT, NO_DRAFTER))
+        drafting, plain = (engine_program(variant(setting.config, {**changes, **extra})) for extra in (EXACT, NO_DRAFTER))
     except SourceError as reason:
         raise BarSkipped(str(reason)) from reason
     prompts, num_tokens = built_in(setting.shape.prompts), setting.shape.answer

@@ -165,17 +165,17 @@ def member(model: Any) -> Member:
 
 def read_bytes(model: Any) -> int:
     """Bytes of weights that a pass of one token reads: all but the embedding, of which it is one row, unless that is the head as well."""
-    weights = sum(weight.nbytes for weight in model.parameters())
-    return weights if model.config.tie_word_embeddings else weights - model.model.embed_tokens.weight.nbytes
+    weights = sum(int(weight.nbytes) for weight in model.parameters())
+    return weights if model.config.tie_word_embeddings else weights - int(model.model.embed_tokens.weight.nbytes)
 
 
 def pass_operations(model: Any, num_tokens: int) -> float:
     """Floating-point operations of a prompt: products with the layers' weights, causal attention, and the head for one token."""
     config = model.config
-    in_layers = sum(weight.numel() for weight in model.model.layers.parameters() if weight.ndim == 2)
+    in_layers = sum(int(weight.numel()) for weight in model.model.layers.parameters() if weight.ndim == 2)
     width = config.num_attention_heads * config.head_dim
-    attention = 2 * num_tokens**2 * width * config.num_hidden_layers  # half of 4 n^2 width: nobody looks ahead
-    return 2.0 * num_tokens * in_layers + attention + 2 * model.lm_head.weight.numel()
+    attention = 2.0 * num_tokens**2 * int(width * config.num_hidden_layers)  # half of 4 n^2 width: nobody looks ahead
+    return 2.0 * num_tokens * in_layers + attention + 2 * int(model.lm_head.weight.numel())
 
 
 def _later_weights(model: Any, first: int) -> list[torch.Tensor]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measuring import BarSkipped
@@ -50,11 +49,11 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 def busy_seconds(device: torch.device, run: Callable[[], object]) -> tuple[float, int]:
     """How long at least one kernel or copy was at work during `run`, and how many there were. Raises BarSkipped without a profiler."""
     is_cuda = device.type == "cuda"
-    activity, kind = (ProfilerActivity.CUDA, DeviceType.CUDA) if is_cuda else (ProfilerActivity.CPU, DeviceType.CPU)
+    activity, kind = (ProfilerActivity.CUDA, "CUDA") if is_cuda else (ProfilerActivity.CPU, "CPU")
     with profile(activities=[activity]) as found:
         run()
         wait_for(device)
-    events = [event for event in found.events() or () if event.device_type == kind and not event.is_user_annotation]
+    events = [event for event in found.events() or () if event.device_type.name == kind and not event.is_user_annotation]
     if not events:
         raise BarSkipped(
             "the profiler saw no kernels here; in a container it may need CAP_SYS_ADMIN, or NVreg_RestrictProfilingToAdminUsers=0"

@@ -163,7 +163,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     stacks = [target.stack, *([drafter.stack] if drafter else [])]
     vocab_size = min(stack.vocab_size for stack in stacks)
     policy, block_size = make_policy(config, extras.costs), config.engine.block_size
-    footprints = [Footprint.of(stack.config, stack.dtype) for stack in stacks]
+    footprints = [Footprint.of(stack.config, stack.dtype, kv_bytes_per_token(stack)) for stack in stacks]
     kv_bytes = kv_budget(config.engine, target.stack.device, policy.max_length, footprints)
     memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length, kv_bytes)
     require_memory(memory.bytes_per_token * memory.num_blocks * block_size, target.stack.device)

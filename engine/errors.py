@@ -74,6 +74,8 @@ class QueueFull(ServerError):
 class MemoryExhausted(ServerError):
     """The device had no memory for even one token of this request, alone."""
 
+    retry_after = 5
+
     def __init__(self) -> None:
         super().__init__("The server has too little memory for this request, which it gave up. Try again later, or shorten it.")
 

@@ -45,10 +45,6 @@ class Prospect:
     dtype: str
     footprint: Footprint
 
-    @property
-    def itemsize(self) -> int:
-        return self.footprint.itemsize
-
 
 def loaded_figures(config: EngineConfig, progress: Callable[[str], None]) -> Figures:
     """Load everything as `cascade serve` would. Raises ConfigError."""
@@ -74,9 +70,10 @@ def estimated_figures(config: EngineConfig) -> Figures:
         return Figures(str(device), config.model.target.dtype, unread=unread)
     if len(known) == 2 and all((prospect.member.path / "tokenizer.json").is_file() for prospect in known):
         check_pair(known[0].member, known[1].member)
-    per_token = sum(prospect.size.kv_values_per_token * prospect.itemsize for prospect in known)
-    weights = sum(prospect.size.num_parameters * prospect.itemsize for prospect in known)
-    kv_bytes = kv_budget(config.engine, device, make_policy(config).max_length, [prospect.footprint for prospect in known], weights)
+    footprints = [prospect.footprint for prospect in known]
+    per_token = sum(footprint.kv_bytes_per_token for footprint in footprints)
+    weights = sum(prospect.size.num_parameters * prospect.footprint.itemsize for prospect in known)
+    kv_bytes = kv_budget(config.engine, device, make_policy(config).max_length, footprints, weights)
     plan = plan_memory(config.engine, per_token, known[0].size.context_length, kv_bytes)
     return Figures(str(device), known[0].dtype, weights, per_token, plan.num_blocks, plan.max_model_len)
 
@@ -92,7 +89,7 @@ def _prospect(source: ModelSource, config: EngineConfig) -> Prospect | None:
     choose(source.quantization, dtype, device)
     size = estimate(model)
     member = PairMember(source.source, place, size.vocab_size)
-    return Prospect(member, size, str(dtype).removeprefix("torch."), Footprint.of(model, dtype))
+    return Prospect(member, size, str(dtype).removeprefix("torch."), Footprint.of(model, dtype, size.kv_values_per_token * dtype.itemsize))
 
 
 def table_of(path: Path, deployment: Deployment, figures: Figures) -> Table:

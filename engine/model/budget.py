@@ -6,7 +6,8 @@ On a GPU: `gpu_memory_fraction` of its memory, less what is in use once the weig
     distributions   for each row of the verify windows, rows over the vocabulary of both models and of who judges them
     libraries       a GiB: their workspaces, recorded launches, and what lies between allocations
 
-and, since a step may gather what it attends to, two layers' shares of the cache. On a CPU, whose memory others use as well, it is a GiB.
+and, since a step may gather what it attends to, two layers' shares of the cache. On a CPU, whose memory others use as well, it is a
+GiB, or what an answer of `max_model_len` takes, if that is more.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ class Footprint:
     vocab_size: int
     num_layers: int
     itemsize: int  # of its dtype
+    kv_bytes_per_token: int
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype) -> Footprint:
+    def of(cls, config: Any, dtype: torch.dtype, kv_bytes_per_token: int) -> Footprint:
         """By a transformers config."""
         sizes = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-        return cls(*sizes, dtype.itemsize)
+        return cls(*sizes, dtype.itemsize, kv_bytes_per_token)
 
 
 def reserve_bytes(runtime: RuntimeConfig, max_draft: int, models: ListLike[Footprint]) -> int:
@@ -59,7 +61,8 @@ def kv_budget(runtime: RuntimeConfig, device: torch.device, max_draft: int, mode
     if runtime.kv_cache is not None:
         return int(runtime.kv_cache)
     if device.type != "cuda":
-        return ON_CPU
+        num_blocks = -(-(runtime.max_model_len or 0) // runtime.block_size)
+        return max(ON_CPU, num_blocks * runtime.block_size * sum(model.kv_bytes_per_token for model in models))
     free, total = gpu_memory(device)
     in_use, reserve = total - free + weight_bytes, reserve_bytes(runtime, max_draft, models)
     left = int(runtime.gpu_memory_fraction * total) - in_use - reserve
