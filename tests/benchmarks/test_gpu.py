@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -209,3 +212,30 @@ def test_a_deployment_whose_model_is_not_here_is_skipped(tmp_path: Path) -> None
 
 def test_predictions_have_their_arithmetic() -> None:
     assert all(bar.predicted > 0 and bar.why for bar in gpu.BARS.values())
+
+
+def test_the_page_says_what_is_promised_and_predicted() -> None:
+    page = (Path(gpu.__file__).parent / "README.md").read_text("utf-8")
+    for name, bar in BARS.items():
+        assert f"| {name} | {bar.text} | {bar.predicted:g}{bar.unit} | {bar.why} |" in page
+
+
+def test_the_script_runs_every_bar_once() -> None:
+    """In pieces, and what stands behind a name is a piece's own file."""
+    script = (Path(gpu.__file__).parent / "gpu.sh").read_text("utf-8")
+    pieces = [line.split(") bars ")[1].removesuffix(" ;;") for line in script.splitlines() if ") bars " in line]
+    named = [name for piece in pieces for name in piece.split()[1:]]
+    assert sorted(named) == sorted(BARS)
+
+
+def test_a_piece_is_run(tmp_path: Path) -> None:
+    """Without a GPU: the one line that says so, and the exit code of what cannot be run."""
+    script = Path(gpu.__file__).parent / "gpu.sh"
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    found = subprocess.run(
+        ["sh", str(script), "text", "nonsense"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 2
+    assert "== text" in found.stderr
+    assert "There is no piece nonsense" in found.stderr
+    assert "torch sees 0 CUDA devices here" in found.stderr or torch.cuda.is_available()
