@@ -227,6 +227,8 @@ def gpu(
 ) -> None:
     """Measure the bars of a GPU: medians over prompts, with 95 % bootstrap intervals over prompts, beside what was predicted."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        console.width = 200  # of a log; at 80 no word of so many columns is whole
     with one_line_errors(debug):
         names = bar or list(BARS)
         if unknown := [name for name in names if name not in BARS]:
