@@ -104,6 +104,22 @@ BARS: dict[str, GpuBar] = {
         predicted=14.0,
         why="1.14 GB are 0.39 ms of copying; 28 layers of 20 launches at 10 us are 5.6 ms. Recorded launches would make it 1.6",
     ),
+    "int8": GpuBar(
+        "8B, one stream, no drafts, 8-bit weights: tokens/s over bfloat16",
+        1.0,
+        "at least",
+        "x",
+        predicted=1.2,
+        why="7.5 GB for 15.0: 2.6 ms less of 8, were it not for launches, of which there are as many; a prompt takes a copy of weights",
+    ),
+    "fp8": GpuBar(
+        "8B, one stream, no drafts, 8-bit floating point: tokens/s over bfloat16",
+        1.0,
+        "at least",
+        "x",
+        predicted=0.6,
+        why="2.6 ms less of reading, but 129 layers round inputs with 5 launches each: 6 ms more. Recorded launches would make it 1.4",
+    ),
     "generate": GpuBar(
         "8B, one stream, five drafts at a time: tokens/s over transformers' generate, no drafts",
         4.0,

@@ -18,16 +18,29 @@ from typing import Any
 import torch
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.gpu_models import Asked, Ids, Models, Shape, pass_operations, program_of, read_bytes
+from benchmarks.gpu_models import Asked, Ids, Models, Shape, member, pass_operations, program_of, read_bytes
 from benchmarks.gpu_rates import busy_seconds, copy_rate, matrix_rate, wait_for
-from benchmarks.measuring import EXACT, NO_DRAFTER, BarSkipped, Measured, built_in, encoded, equal_texts, measured, median_of, rate_ratio
+from benchmarks.measuring import (
+    EXACT,
+    NO_DRAFTER,
+    BarSkipped,
+    Measured,
+    built_in,
+    encoded,
+    equal_texts,
+    measured,
+    median_of,
+    rate_ratio,
+    rates,
+)
 from benchmarks.pair_bars import Watch
 from benchmarks.passes import computed, window_milliseconds
 from benchmarks.programs import EngineProgram, Run, TransformersProgram, engine_program, variant
 from benchmarks.turns import Rows, Sides, Turns, compare, in_turns
 from engine.build import Costs, Member
-from engine.config import AdaptiveLengthConfig, FixedLengthConfig
-from engine.errors import SourceError
+from engine.config import AdaptiveLengthConfig, FixedLengthConfig, Quantization
+from engine.errors import ConfigError, SourceError
+from engine.model.linear import choose
 from engine.model.paged import kv_bytes_per_token
 from engine.model.timing import measure
 from engine.request import Request, SamplingParams
@@ -218,6 +231,26 @@ def draft_step(setting: GpuSetting) -> Measured:
     return measured(compare(rows, lambda row: row[0] / row[1]), detail)
 
 
+def quantised(setting: GpuSetting, quantization: Quantization) -> Measured:
+    """Tokens a second of one stream with fewer bits over those of the very same model with all of them, no drafts, prompts included."""
+    shape, pair = setting.shape, setting.models.pair
+    try:
+        kind = choose(quantization, shape.dtype, setting.device)
+    except ConfigError as reason:
+        raise BarSkipped(str(reason)) from reason
+    asked = Asked(1, shape.prompt + shape.answer)
+    fewer = member(pair.model, kind)
+    programs = [program_of(shape, asked, target) for target in (fewer, pair.target)]
+    sides = Sides(
+        lambda _: setting.prompts(1, shape.prompt)[0],
+        [partial(_answer, program, shape.answer) for program in programs],
+    )
+    _warm(sides)
+    rows = in_turns(sides, setting.turns(shape.prompts))
+    sizes = {"weight_gb": fewer.stack.num_weight_bytes / 1e9, "other_weight_gb": pair.target.stack.num_weight_bytes / 1e9}
+    return measured(compare(rows, rate_ratio), sizes | rates(rows) | equal_texts(rows))
+
+
 # ---------------------------------------------------------------------- speculation, end to end
 def against_generate(setting: GpuSetting, is_assisted: bool) -> Measured:
     """Tokens a second of the pair over those of transformers' generate over the very same weights, prompts included. One stream."""
@@ -288,6 +321,10 @@ def real_text(setting: GpuSetting) -> Measured:
 
 
 # ---------------------------------------------------------------------- parts
+def _answer(program: EngineProgram, num_tokens: int, ids: Ids) -> Run:
+    return program.answer(ids, num_tokens, stops=False)
+
+
 def _warm(sides: Sides[Any, Any]) -> None:
     """Whatever is compiled, allocated or looked up at the first time of a shape."""
     for measure_side in sides.measure:
@@ -321,6 +358,8 @@ GPU_MEASURES: Mapping[str, Callable[[GpuSetting], Measured]] = {
     "idle-32": lambda setting: idle(setting, 32),
     "prefill": prefill,
     "draft-step": draft_step,
+    "int8": lambda setting: quantised(setting, "int8"),
+    "fp8": lambda setting: quantised(setting, "fp8"),
     "generate": lambda setting: against_generate(setting, is_assisted=False),
     "generate-assisted": lambda setting: against_generate(setting, is_assisted=True),
     "agreement-0.8": lambda setting: agreement(setting, 0.8),

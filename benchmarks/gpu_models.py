@@ -35,6 +35,7 @@ from engine.config import (
     RuntimeConfig,
     SpeculationConfig,
 )
+from engine.model.linear import AS_THEY_ARE, LinearKind
 from engine.model.loader import quiet_transformers
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
@@ -157,10 +158,10 @@ def first_layers(model: Any, num: int) -> Any:
     return small.eval().requires_grad_(False)
 
 
-def member(model: Any) -> Member:
+def member(model: Any, kind: LinearKind = AS_THEY_ARE) -> Member:
     """The same model for an engine. Weights are shared as far as the engine does not join them, and `model` stays of use."""
     shared = {id(weight): weight for weight in model.parameters()}
-    return Member(DecoderStack(copy.deepcopy(model, shared)), model.config.max_position_embeddings, Path(RANDOM_WEIGHTS))
+    return Member(DecoderStack(copy.deepcopy(model, shared), kind), model.config.max_position_embeddings, Path(RANDOM_WEIGHTS))
 
 
 def read_bytes(model: Any) -> int:

@@ -18,7 +18,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "fp8"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 
 
@@ -28,7 +28,7 @@ class ModelSource(Section):
     source: str = Field(min_length=1, description="hub id, folder, .gguf file, or package:MODULE/FILE")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Dtype = Field("auto", description="auto: the checkpoint's own on a GPU, float32 on a CPU")
-    quantization: Quantization = Field("none", description="int8: weights of 8 bits, on a CPU")
+    quantization: Quantization = Field("none", description="int8: weights of 8 bits; fp8: activations as well, on a GPU")
 
 
 class NoDrafterConfig(Section):

@@ -155,6 +155,9 @@ def test_the_command_runs_all_bars_on_a_cpu(tiny_config: Path, tmp_path: Path) -
     assert report["is_quick"], "so that the table of results refuses it"
     found = {each["name"]: each for each in report["bars"]}
     assert list(found) == list(BARS)
+    assert "there is none for cpu" in found.pop("fp8")["skipped"]
+    if found["int8"]["skipped"]:
+        assert "quantization: 'int8'" in found.pop("int8")["skipped"]
     for name, each in found.items():
         assert each["value"]["median"] > 0 or name == "idle-32", each
         assert each["predicted"] == BARS[name].predicted

@@ -99,7 +99,7 @@ def test_no_memory_for_one_step_is_said_at_the_start(config: EngineConfig, monke
     own = PagedModel.forward
 
     def forward(self: PagedModel, segments: Any, input_ids: torch.Tensor, rows: Any) -> torch.Tensor:
-        return full() if segments else own(self, segments, input_ids, rows)  # type: ignore[no-any-return]
+        return full() if segments else own(self, segments, input_ids, rows)
 
     monkeypatch.setattr(PagedModel, "forward", forward)
     with pytest.raises(ConfigError, match=r"leave no memory for a step: lower engine\.kv_cache"):
