@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLING := Installing (torch is large: minutes on a slow line) ...
 
 .DEFAULT_GOAL := help
-.PHONY: help serve bench observe test check format model clean
+.PHONY: help serve bench gpu observe test check format model clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ serve: $(VENV)/.app model ## Install and serve CONFIG (default configs/default.y
 bench: $(VENV)/.app model ## Measure CONFIG in this process: a minute or two (ARGS="--category math" and so on)
 	@$(BIN)/cascade bench --config $(CONFIG) --concurrency 4 --max-tokens 64 $(ARGS)
 	@echo "More: $(BIN)/cascade bench --help measures a running server, and benchmarks/README.md compares it with others." >&2
+
+gpu: $(VENV)/.test model ## On a machine with a GPU: the tests that need one, then its bars (ARGS="passes" for a part)
+	@PYTHON=$(BIN)/python benchmarks/gpu.sh $(ARGS)
 
 observe: $(VENV)/.app model ## Serve CONFIG under load, with a Prometheus beside it that scrapes it (deploy/README.md)
 	@exec deploy/observe.sh $(BIN) $(CONFIG)

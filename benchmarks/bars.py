@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import msgspec
@@ -39,6 +37,7 @@ from benchmarks.measuring import (
     time_ratio,
 )
 from benchmarks.pair_bars import PAIR_MEASURES
+from benchmarks.passes import alone, computed, window, window_milliseconds
 from benchmarks.programs import PromptEncoder, TransformersProgram, engine_program
 from benchmarks.prompts import Prompt, of_text, random_words
 from benchmarks.request_bars import REQUEST_MEASURES
@@ -49,9 +48,6 @@ from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.model.linear import choose
 from engine.model.loader import resolve_device
-from engine.plan import Chunk, DraftBatch, QKind, StepPlan
-from engine.request import Choice, Request, SamplingParams
-from engine.sequence import Sequence
 from server.settings import load as load_deployment
 
 FLOAT32: Mapping[str, Any] = {"model.target.dtype": "float32"}
@@ -95,25 +91,10 @@ def forward_window(setting: Setting) -> Measured:
     """Seconds of a pass over 6 tokens over those of a pass over 1, head included, 200 tokens into a sequence."""
     core = engine_program(setting.engine(NO_DRAFTER)).core
     encoder, context, passes = PromptEncoder(core.info.target_path), 200, setting.size(20, 2)
-    runner = core._parts.runner  # the very pass that a step runs; nothing public runs it alone
-
-    def made(_: int) -> Sequence:
-        seq = _alone(core, encoder.words(context + 1), 8)
-        runner.forward(*_window(seq, num_tokens=context + 1))
-        seq.num_computed = context
-        return seq
-
-    def milliseconds(seq: Sequence, num_draft: int) -> float:
-        drafts = tuple(seq.tokens[:num_draft])  # which tokens does not matter to the time
-        times = []
-        for _ in range(passes):
-            start = time.perf_counter()
-            logits, _ = runner.forward(*_window(seq, num_tokens=1, drafts=drafts))
-            float(logits[0, 0])  # waits for the device
-            times.append(1000 * (time.perf_counter() - start))
-        return median(times)
-
-    sides = Sides(made, [lambda seq: milliseconds(seq, 5), lambda seq: milliseconds(seq, 0)])
+    sides = Sides(
+        lambda _: computed(core, encoder.words(context + 1), 8),
+        [lambda seq: window_milliseconds(core, seq, 5, passes), lambda seq: window_milliseconds(core, seq, 0, passes)],
+    )
     rows = in_turns(sides, setting.turns(setting.size(8, 2)))
     detail = {"ms_of_6": median_of(rows, 0), "ms_of_1": median_of(rows, 1)}
     return measured(compare(rows, lambda row: row[0] / row[1]), detail)
@@ -271,21 +252,6 @@ def _chosen(setting: Setting) -> list[Prompt]:
     return ordered[: setting.size(20, 2)]
 
 
-def _window(seq: Sequence, num_tokens: int, drafts: tuple[int, ...] = ()) -> tuple[StepPlan, DraftBatch]:
-    """One sequence with drafts behind its pending tokens."""
-    plan = StepPlan((Chunk(seq, num_tokens, completes=True, max_draft=len(drafts)),))
-    batch = DraftBatch(
-        lengths=(len(drafts),),
-        ids=[list(drafts)],
-        kinds=[[*([int(QKind.ONE_HOT)] * len(drafts)), int(QKind.NONE)]],
-        rows=None,
-        drafter_computed=(0,),
-        lagging=(False,),
-        num_calls=(0,),
-    )
-    return plan, batch
-
-
 class _Example(msgspec.Struct):
     """A line of GSM8K."""
 
@@ -295,16 +261,9 @@ class _Example(msgspec.Struct):
 
 def _loss(core: EngineCore, question: tuple[int, ...], answer: tuple[int, ...]) -> float:
     """Nats of an answer behind its question, in one pass: the answer stands where drafts would."""
-    seq = _alone(core, question, len(answer) + 1)
-    logits, _ = core._parts.runner.forward(*_window(seq, num_tokens=len(question), drafts=answer))
+    seq = alone(core, question, len(answer) + 1)
+    logits, _ = core._parts.runner.forward(*window(seq, num_tokens=len(question), drafts=answer))
     return torch.nn.functional.cross_entropy(logits[: len(answer)].float(), torch.tensor(answer), reduction="sum").item()
-
-
-def _alone(core: EngineCore, prompt: tuple[int, ...], max_tokens: int) -> Sequence:
-    """A sequence with the first blocks of an engine that has no other."""
-    seq = Sequence(Request(id="alone", prompt_ids=prompt, sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0)), Choice())
-    seq.block_table = list(range(-(-(len(prompt) + max_tokens) // core.info.block_size)))
-    return seq
 
 
 MEASURES: Mapping[str, Callable[[Setting], Measured]] = {

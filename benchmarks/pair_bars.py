@@ -41,7 +41,7 @@ def drafter_step(setting: Setting, temperature: float) -> Measured:
     """Seconds of one drafted token, its drawing included, over those of a step of the target alone. One stream."""
     _require_model(setting)
     drafting, plain = engine_program(setting.engine(EXACT, READING)), engine_program(setting.engine(NO_DRAFTER))
-    watch, prompts, num_tokens = _Watch.of(drafting), built_in(setting.size(8, 2)), setting.size(96, 12)
+    watch, prompts, num_tokens = Watch.of(drafting), built_in(setting.size(8, 2)), setting.size(96, 12)
     encoder = PromptEncoder(plain.info.target_path)
 
     def a_draft(ids: tuple[int, ...]) -> float:
@@ -58,22 +58,25 @@ def drafter_step(setting: Setting, temperature: float) -> Measured:
 
 
 @dataclass
-class _Watch:
+class Watch:
     """A drafter in whose place it stands, and how long its passes took, all else that a proposal costs included."""
 
     own: Drafter
+    wait: Callable[[], None] = lambda: None  # for the device, where asking is not having
     seconds: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, program: EngineProgram) -> _Watch:
+    def of(cls, program: EngineProgram, wait: Callable[[], None] = lambda: None) -> Watch:
         core = program.core
-        watch = cls(core._parts.drafter)
+        watch = cls(core._parts.drafter, wait)
         core._parts = replace(core._parts, drafter=watch)  # nothing public times a part of a step
         return watch
 
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
+        self.wait()
         start = time.perf_counter()
         drafts = self.own.propose(plan, budget)
+        self.wait()
         if drafts.num_draft_tokens and drafts.num_rows <= drafts.num_passes + 1:  # no prompt to catch up with
             self.seconds.append((time.perf_counter() - start) / drafts.num_passes)
         return drafts

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.build import plan_memory
 from engine.config import EngineConfig
+from engine.model.budget import ON_CPU
 from engine.model.loader import end_token_ids, read_config
 from engine.model.source import resolve
 from engine.request import FinishReason, Request, TokenDelta
@@ -80,7 +81,7 @@ def make(config: EngineConfig, progress: Callable[[str], None]) -> PretendCore:
     """The factory that an engine's process calls. Reads the target's tokenizer and config, and no weights."""
     path = resolve(config.model.target, None, progress)
     model = read_config(path)
-    memory = plan_memory(config.engine, 1024, 8192)
+    memory = plan_memory(config.engine, 1024, 8192, int(config.engine.kv_cache or ON_CPU))
     return PretendCore(
         EngineInfo(
             incarnation="pretend",

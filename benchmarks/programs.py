@@ -40,6 +40,8 @@ class Run:
     first_seconds: float | None = None  # until the first tokens; None where the program does not show it
     num_first: int = 1  # tokens that came then: more than one where drafts were accepted with the prompt
     num_target_calls: int = 0  # of an engine: steps that the answer was part of
+    num_draft: int = 0  # tokens that were drafted for it
+    num_accepted: int = 0  # and stand
 
     @property
     def tokens_per_second(self) -> float:
@@ -143,6 +145,7 @@ class EngineProgram:
         """Requests of one choice each, begun together, to their ends."""
         tokens: dict[str, list[int]] = {request.id: [] for request in requests}
         first, last_at, calls = dict[str, tuple[float, int]](), dict[str, float](), dict[str, int]()
+        drafts = {request.id: (0, 0) for request in requests}
         start = time.perf_counter()
         for request in requests:
             self.core.add(request)
@@ -155,23 +158,32 @@ class EngineProgram:
                 tokens[delta.request_id] += delta.token_ids
                 first.setdefault(delta.request_id, (now - start, len(delta.token_ids)))
                 last_at[delta.request_id], calls[delta.request_id] = now, delta.num_target_calls
-        return [Run(tuple(ids), last_at[name] - start, *first[name], calls[name]) for name, ids in tokens.items()]
+                if delta.round is not None:
+                    num_draft, num_accepted = drafts[delta.request_id]
+                    drafts[delta.request_id] = num_draft + delta.round.num_draft, num_accepted + delta.round.num_accepted
+        return [Run(tuple(ids), last_at[name] - start, *first[name], calls[name], *drafts[name]) for name, ids in tokens.items()]
 
 
 class TransformersProgram:
     """transformers' own generate over the same weights, with its own attention. Greedy."""
 
-    def __init__(self, info: EngineInfo):
+    def __init__(self, info: EngineInfo, model: Any = None):
+        """`model` is one that is there; None loads it."""
         self._device = torch.device(info.device)
-        self._model: Any = load_model(Path(info.target_path), getattr(torch, info.dtype), self._device)
+        self._model: Any = load_model(Path(info.target_path), getattr(torch, info.dtype), self._device) if model is None else model
         self._end_token_ids = list(info.end_token_ids)
 
-    def answer(self, prompt_ids: Sequence[int], num_tokens: int, stops: bool = True, prompt_lookup: int | None = None) -> Run:
-        """At most `num_tokens` tokens, exactly so many unless it `stops`; `prompt_lookup` is generate's prompt_lookup_num_tokens."""
+    def answer(
+        self, prompt_ids: Sequence[int], num_tokens: int, stops: bool = True, prompt_lookup: int | None = None, assistant: Any = None
+    ) -> Run:
+        """At most `num_tokens` tokens, exactly so many unless it `stops`; `prompt_lookup` is generate's prompt_lookup_num_tokens, and
+        `assistant` its assistant_model."""
         # the model's own config would bring its end tokens back in, and its sampling
         config = GenerationConfig(do_sample=False, eos_token_id=self._end_token_ids if stops else None, pad_token_id=0)
         self._model.generation_config = config
-        options = {} if prompt_lookup is None else {"prompt_lookup_num_tokens": prompt_lookup}
+        options: dict[str, Any] = {} if prompt_lookup is None else {"prompt_lookup_num_tokens": prompt_lookup}
+        if assistant is not None:
+            options["assistant_model"] = assistant
         start = time.perf_counter()
         row = torch.tensor([list(prompt_ids)], device=self._device)
         out = self._model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=num_tokens, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -22,6 +24,7 @@ class Turns:
     num_prompts: int
     num_repetitions: int
     tick: Callable[[], None]
+    seconds: float = math.inf  # behind which no further prompt is begun; the first is measured in any case
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,20 @@ Rows = list[list[list[Result]]]  # [repetition][prompt][side]
 
 
 def in_turns(sides: Sides[Item, Result], turns: Turns) -> Rows[Result]:
-    """Measure all sides for each prompt before the next; who comes first changes with every prompt and every repetition."""
-    return [[_row(sides, i, repetition, turns.tick) for i in range(turns.num_prompts)] for repetition in range(turns.num_repetitions)]
+    """Measure all sides for each prompt before the next; who comes first changes with every prompt and every repetition.
+
+    Where time runs out, a repetition that is not complete is left out, unless it is the first, which then has fewer prompts.
+    """
+    ends = time.monotonic() + turns.seconds
+    rows: Rows[Result] = []
+    for repetition in range(turns.num_repetitions):
+        found: list[list[Result]] = []
+        for i in range(turns.num_prompts):
+            if (rows or found) and time.monotonic() > ends:
+                return rows or [found]
+            found.append(_row(sides, i, repetition, turns.tick))
+        rows.append(found)
+    return rows
 
 
 def compare(rows: Rows[Result], figure: Callable[[list[Result]], float]) -> Comparison:

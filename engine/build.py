@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,17 +42,18 @@ from engine.grammar.masks import GrammarMasks
 from engine.kv.block_pool import BlockPool
 from engine.model.attention_choice import choose_attention
 from engine.model.borrowed import lender_of
+from engine.model.budget import Footprint, kv_budget
 from engine.model.draft_vocabulary import read_draft_ids
 from engine.model.linear import choose
 from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
-from engine.model.memory import available_bytes
+from engine.model.memory import ADVICE, available_bytes, is_out_of_memory, let_go
 from engine.model.paged import PagedModel, kv_bytes_per_token
 from engine.model.runner import ModelRunner
-from engine.model.source import Progress, default_cache_dir, fetch_config, locate, resolve, silent
+from engine.model.source import Progress, default_cache_dir, fetch_config, first_line, locate, resolve, silent
 from engine.model.stack import DecoderStack
 from engine.model.timing import pass_seconds
 from engine.plan import Drafter, DraftLengthPolicy, Foresight, LogitsProcessor, Rule
-from engine.request import Choice, Request, SamplingParams
+from engine.request import Choice, FinishReason, Request, SamplingParams
 from engine.sampling.distributions import Distributions
 from engine.sampling.processors import STANDARD
 from engine.sched.scheduler import Limits, Scheduler
@@ -100,15 +102,15 @@ class MemoryPlan:
     max_model_len: int
 
 
-def plan_memory(config: RuntimeConfig, bytes_per_token: int, model_context: int) -> MemoryPlan:
-    """Blocks that fit into `kv_cache`, and the context that can be served: the smaller of model, pool and `max_model_len`.
+def plan_memory(config: RuntimeConfig, bytes_per_token: int, model_context: int, kv_bytes: int) -> MemoryPlan:
+    """Blocks that fit into `kv_bytes`, and the context that can be served: the smaller of model, pool and `max_model_len`.
 
     Raises ConfigError where not even one block fits, or where a `max_model_len` was asked for that cannot be served.
     """
     block_bytes = bytes_per_token * config.block_size
-    num_blocks = int(config.kv_cache) // block_bytes
+    num_blocks = kv_bytes // block_bytes
     if num_blocks < 1:
-        raise ConfigError(f"engine.kv_cache: {int(config.kv_cache)} bytes - must be at least {block_bytes}, the size of one block")
+        raise ConfigError(f"engine.kv_cache: {kv_bytes} bytes - must be at least {block_bytes}, the size of one block")
     served = min(model_context, num_blocks * config.block_size)
     asked = config.max_model_len
     if asked is not None and asked > served:
@@ -129,6 +131,15 @@ def require_memory(kv_bytes: int, device: torch.device) -> None:
 
 def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | None = None) -> EngineCore:
     """Load everything, warm up, and return an engine that is ready. Raises ConfigError and its kin."""
+    try:
+        return _build(config, progress, cache_dir)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"The deployment does not fit into the memory of this machine: {ADVICE}. {first_line(error)}") from None
+
+
+def _build(config: EngineConfig, progress: Progress, cache_dir: Path | None) -> EngineCore:
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     drafter_source = config.model.drafter if isinstance(config.model.drafter, ModelDrafterConfig) else None
@@ -152,25 +163,30 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     extras = extras or Extras()
     stacks = [target.stack, *([drafter.stack] if drafter else [])]
     vocab_size = min(stack.vocab_size for stack in stacks)
-    memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length)
     block_size = config.engine.block_size
+    footprints = [Footprint.of(stack.config, stack.dtype, kv_bytes_per_token(stack)) for stack in stacks]
+    kv_bytes = kv_budget(config.engine, target.stack.device, make_policy(config).max_length, footprints)
+    memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length, kv_bytes)
     require_memory(memory.bytes_per_token * memory.num_blocks * block_size, target.stack.device)
     vocabulary = extras.vocabulary or Vocabulary.from_folder(target.path, target.end_token_ids)
     automata = Automata(vocabulary, vocab_size)
     distributions = Distributions((*STANDARD, GrammarMasks(automata), *extras.processors))
     foresight = First((Forced(automata.next), Prediction()))
     policy = make_policy(config, extras.costs, foresight)
+    running = PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)
+    drafting = None if drafter is None else PagedModel(drafter.stack, memory.num_blocks, block_size, vocab_size)
     parts = Parts(
         scheduler=Scheduler(
             BlockPool(memory.num_blocks, block_size), Limits(config.engine.max_sequences, config.engine.max_step_tokens), policy
         ),
-        drafter=_make_drafter(config, drafter, memory.num_blocks, _Drafting(distributions, extras.rules, policy, vocab_size, foresight)),
-        runner=ModelRunner(PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)),
+        drafter=_make_drafter(config, drafter, drafting, _Drafting(distributions, extras.rules, policy, foresight)),
+        runner=ModelRunner(running),
         distributions=distributions,
         verifier=VERIFIERS[config.speculation.verification](extras.rules),
         max_drafter_tokens=config.engine.max_drafter_tokens or config.engine.max_step_tokens,
         is_lost=automata.is_broken,
         without_drafts=WithoutDrafts(extras.costs.target if extras.costs else {}),
+        let_go=partial(_let_go, [running, *([drafting] if drafting else [])]),
     )
     info = EngineInfo(
         incarnation=uuid.uuid4().hex,
@@ -237,19 +253,24 @@ class _Drafting:
     distributions: Distributions
     rules: Mapping[str, Rule]
     policy: DraftLengthPolicy
-    vocab_size: int  # what the pair has in common
     foresight: Foresight
 
 
-def _make_drafter(config: EngineConfig, member: Member | None, num_blocks: int, shared: _Drafting) -> Drafter:
+def _make_drafter(config: EngineConfig, member: Member | None, model: PagedModel | None, shared: _Drafting) -> Drafter:
     kind = config.model.drafter
     if isinstance(kind, NGramDrafterConfig):
         return NGramDrafter(kind.max_n, kind.min_n, shared.foresight)
-    if member is None:
+    if member is None or model is None:
         return NoDrafter()
-    model = PagedModel(member.stack, num_blocks, config.engine.block_size, shared.vocab_size)
     copying = Copying(kind.copying.doubt) if isinstance(kind, ModelDrafterConfig) and kind.copying else None
     return ModelDrafter(model, shared.distributions, member.context_length, shared.rules, shared.policy, Aids(copying, shared.foresight))
+
+
+def _let_go(models: ListLike[PagedModel]) -> None:
+    """Have everything given back that is only kept for the next step."""
+    for model in models:
+        model.let_go()
+    let_go(models[0].stack.device)
 
 
 def _drafter_name(config: EngineConfig) -> str:
@@ -280,9 +301,10 @@ def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Pa
 
 
 def _warm_up(core: EngineCore) -> None:
-    """Run one short answer, so that the first client does not pay for lazy initialisation."""
+    """Run one short answer, so that the first client does not pay for lazy initialisation. Raises ConfigError where memory runs out."""
     length = min(16, core.info.max_model_len - 1)
     sampling = SamplingParams(max_tokens=min(4, core.info.max_model_len - length), temperature=1.0, is_seeded=True)
     core.add(Request(id="warm-up", prompt_ids=(0,) * length, sampling=sampling, choices=(Choice(),)))
     while core.has_work:
-        core.step()
+        if any(delta.finish_reason is FinishReason.MEMORY for delta in core.step().deltas):
+            raise ConfigError(f"Weights and KV cache leave no memory for a step: {ADVICE}.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, model_validator
 
 from engine.dials import DIALS
 
@@ -18,7 +18,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "fp8"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 AttentionName = Literal["auto", "gather", "triton", "varlen", "flashinfer"]  # as in engine/model/attention_choice.py
 
@@ -29,7 +29,7 @@ class ModelSource(Section):
     source: str = Field(min_length=1, description="hub id, folder, .gguf file, or package:MODULE/FILE")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Dtype = Field("auto", description="auto: the checkpoint's own on a GPU, float32 on a CPU")
-    quantization: Quantization = Field("none", description="int8: weights of 8 bits, on a CPU")
+    quantization: Quantization = Field("none", description="int8: weights of 8 bits; fp8: activations as well, on a GPU")
 
 
 class NoDrafterConfig(Section):
@@ -157,6 +157,10 @@ class SpeculationConfig(Section):
         return rule, DIALS[rule].default if alpha is None else alpha
 
 
+def _none_if_auto(value: object) -> object:
+    return None if value == "auto" else value
+
+
 class RuntimeConfig(Section):
     """Device, memory and batch."""
 
@@ -165,7 +169,10 @@ class RuntimeConfig(Section):
     max_step_tokens: int = Field(256, ge=1, le=1_048_576, description="tokens of a target pass: prompt chunks and verify windows")
     max_drafter_tokens: int | None = Field(None, ge=1, description="tokens that the drafter runs in a step; null: max_step_tokens")
     block_size: int = Field(16, ge=1, le=1024, description="positions in a KV block")
-    kv_cache: ByteSize = Field(ByteSize(1 << 30), ge=1, description="memory for KV of target and drafter together, such as 1GiB")
+    kv_cache: Annotated[Annotated[ByteSize, Field(ge=1)] | None, BeforeValidator(_none_if_auto)] = Field(
+        None, description="memory for KV of target and drafter together, such as 1GiB; auto: on a CPU 1GiB, on a GPU what is left"
+    )
+    gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="of a GPU's memory, what weights, kv_cache: auto and steps may take")
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; null: what model and kv_cache allow")
     attention: AttentionName = Field("auto", description="auto: gather on a CPU; on a GPU what is fastest there of all that is installed")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for tensor work; null leaves it to torch")

@@ -5,6 +5,7 @@ Synchronous and single-threaded: whoever owns the core calls `add`, `abort` and 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from engine.draft.worth import StepWork, WithoutDrafts
+from engine.model.memory import ADVICE, is_out_of_memory
 from engine.model.runner import ModelRunner
-from engine.plan import DraftBatch, Drafter, RowBatch, StepPlan, StepTiming, Verdict
+from engine.model.source import first_line
+from engine.plan import DraftBatch, Drafter, Logprobs, RowBatch, StepPlan, StepTiming, Verdict
 from engine.request import Request, TokenDelta
 from engine.sampling.distributions import Distributions
 from engine.sampling.logprobs import logprobs_of
@@ -21,6 +24,8 @@ from engine.sched.scheduler import Scheduler, SchedulerCounters
 from engine.sequence import Sequence
 from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.verify.verifier import Verifier
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,17 @@ class Parts:
     max_drafter_tokens: int
     is_lost: Callable[[Sequence], bool]  # nothing can follow a sequence
     without_drafts: WithoutDrafts = field(default_factory=WithoutDrafts)
+    let_go: Callable[[], None] = lambda: None  # of memory that is kept for the next step
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """A step that only has to be committed."""
+
+    plan: StepPlan
+    drafts: DraftBatch
+    verdict: Verdict
+    logprobs: Logprobs
 
 
 def windows_of(logits: Tensor, rows: RowBatch) -> tuple[Tensor, RowBatch]:
@@ -70,28 +86,57 @@ class EngineCore:
             self._parts.drafter.forget(seq)
 
     def step(self) -> StepOutput:
-        """Run one pass of the target over whatever is due, and say what it emitted."""
+        """Run one pass of the target over whatever is due, and say what it emitted. Where memory runs out, over less."""
         clock, parts, before = _Clock(self._ended), self._parts, replace(self._parts.scheduler.counters)
+        given_up: list[TokenDelta] = []
         plan = parts.scheduler.schedule()
-        clock.planned = time.perf_counter()
-        drafts = parts.drafter.propose(plan, parts.max_drafter_tokens)
-        clock.drafted = time.perf_counter()
-        plan = plan.held_back(drafts.lagging)
-        clock.num_plain_rows = sum(chunk.num_tokens for chunk in plan.chunks)
-        logits, rows = parts.runner.forward(plan, drafts)
-        window_logits, windows = windows_of(logits, rows)
-        p = parts.distributions.of(window_logits, windows)
-        verdict = parts.verifier.verify(drafts, p, windows)
-        clock.verified = time.perf_counter()
-        parts.scheduler.policy.observe_step(_timing(drafts, clock))
-        deltas = parts.scheduler.commit(plan, drafts, verdict, logprobs_of(logits, rows, verdict), parts.is_lost)
-        self._observe(plan, verdict)
+        while (ran := self._run(plan, clock)) is None:
+            parts.let_go()
+            if not parts.scheduler.take_back(plan):
+                given_up.append(self._give_up(plan.chunks[0].seq))
+            plan = StepPlan(()) if given_up else parts.scheduler.schedule()
+        if ran.plan.chunks:
+            parts.scheduler.policy.observe_step(_timing(ran, clock))
+        deltas = given_up + parts.scheduler.commit(ran.plan, ran.drafts, ran.verdict, ran.logprobs, parts.is_lost)
+        self._observe(ran.plan, ran.verdict)
         clock.ended = self._ended = time.perf_counter()
-        return StepOutput(deltas=tuple(deltas), stats=self._stats(plan, drafts, deltas, before, clock))
+        return StepOutput(deltas=tuple(deltas), stats=self._stats(ran.plan, ran.drafts, deltas, before, clock))
 
     def check(self) -> None:
         """Raise AssertionError unless the bookkeeping is consistent."""
         self._parts.scheduler.check()
+
+    def _run(self, plan: StepPlan, clock: _Clock) -> _Ran | None:
+        """All of a step that is in front of the commit: what it leaves behind is KV that counts for nothing. None where memory ran out."""
+        parts = self._parts
+        clock.planned = time.perf_counter()
+        try:
+            drafts = parts.drafter.propose(plan, int(min(parts.max_drafter_tokens, parts.scheduler.bound.now)))
+            clock.drafted = time.perf_counter()
+            plan = plan.held_back(drafts.lagging)
+            clock.num_plain_rows = sum(chunk.num_tokens for chunk in plan.chunks)
+            logits, rows = parts.runner.forward(plan, drafts)
+            window_logits, windows = windows_of(logits, rows)
+            p = parts.distributions.of(window_logits, windows)
+            verdict = parts.verifier.verify(drafts, p, windows)
+            ran = _Ran(plan, drafts, verdict, logprobs_of(logits, rows, verdict))
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and plan.chunks):
+                raise
+            _log.warning(
+                "Memory ran out in a step over %d sequences; it is tried with less. To be rid of this, %s. %s",
+                len(plan.chunks),
+                ADVICE,
+                first_line(error),
+            )
+            return None
+        clock.verified = time.perf_counter()
+        return ran
+
+    def _give_up(self, seq: Sequence) -> TokenDelta:
+        _log.error("Memory ran out over a single token of request %s, which is given up; %s", seq.request.id, ADVICE)
+        self._parts.drafter.forget(seq)
+        return self._parts.scheduler.give_up(seq)
 
     def _observe(self, plan: StepPlan, verdict: Verdict) -> None:
         parts = self._parts
@@ -158,13 +203,13 @@ class _Clock:
         return self.verified - self.drafted
 
 
-def _timing(drafts: DraftBatch, clock: _Clock) -> StepTiming:
+def _timing(ran: _Ran, clock: _Clock) -> StepTiming:
     return StepTiming(
-        num_target_rows=clock.num_plain_rows + drafts.num_draft_tokens,
+        num_target_rows=clock.num_plain_rows + ran.drafts.num_draft_tokens,
         target_seconds=clock.verify_seconds,
-        num_drafter_calls=drafts.num_passes,
-        num_drafter_rows=drafts.num_rows,
-        num_late_rows=drafts.num_late_rows,
+        num_drafter_calls=ran.drafts.num_passes,
+        num_drafter_rows=ran.drafts.num_rows,
+        num_late_rows=ran.drafts.num_late_rows,
         drafter_seconds=clock.draft_seconds,
     )
 

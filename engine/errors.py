@@ -7,6 +7,7 @@ EngineError
 │   └── CrashingRequest         the engine was lost each time that it ran an equal request
 └── ServerError                 not the caller's mistake
     ├── QueueFull               try again after `retry_after` seconds
+    ├── MemoryExhausted         the device had no memory for this request; others go on
     ├── EngineRestarting        the engine was lost and comes back; nothing was run; try again after `retry_after` seconds
     ├── EngineDead              the engine failed or was closed; what it was running is lost
     └── ConfigError             the deployment cannot be served as configured
@@ -68,6 +69,15 @@ class QueueFull(ServerError):
     def __init__(self, num_waiting: int, retry_after: int):
         super().__init__(f"The server is at capacity: {num_waiting} answers are waiting. Try again in {retry_after} s.")
         self.retry_after = retry_after
+
+
+class MemoryExhausted(ServerError):
+    """The device had no memory for even one token of this request, alone."""
+
+    retry_after = 5
+
+    def __init__(self) -> None:
+        super().__init__("The server has too little memory for this request, which it gave up. Try again later, or shorten it.")
 
 
 class EngineRestarting(ServerError):

@@ -18,6 +18,7 @@ class FinishReason(enum.Enum):
     STOP = "stop"  # an end token was emitted
     LENGTH = "length"  # max_tokens were emitted
     ERROR = "error"  # nothing could follow: its grammar got too complex
+    MEMORY = "memory"  # the device had no memory for even one token of it
     ABORT = "abort"  # the caller gave it up
 
 

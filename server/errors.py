@@ -36,6 +36,7 @@ from engine.errors import (
     EngineDead,
     EngineRestarting,
     InvalidRequest,
+    MemoryExhausted,
     QueueFull,
     ServerError,
 )
@@ -138,6 +139,7 @@ TABLE: Mapping[type[BaseException], Entry] = {
     RequestTimeout: Entry(408, "server_error", "request_timeout"),
     NotLoaded: Entry(503, "server_error", "model_loading"),
     ShuttingDown: Entry(503, "server_error", "shutting_down"),
+    MemoryExhausted: Entry(503, "server_error", "out_of_memory"),
     EngineRestarting: Entry(503, "server_error", "engine_restarting"),
     EngineDead: Entry(500, "server_error", "engine_dead"),
     Exception: Entry(500, "server_error", "internal_error"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from engine.client import Stream
-from engine.errors import EngineDead, InvalidRequest, ServerError
+from engine.errors import EngineDead, InvalidRequest, MemoryExhausted, ServerError
 from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
 from server.deps import Serving
 from server.detokenize import StopScanner, StopStrings
@@ -298,6 +298,8 @@ class _Answer:
     def _finish(self, reason: FinishReason) -> str:
         if reason is FinishReason.ABORT:
             raise EngineDead("The engine gave an answer up.")
+        if reason is FinishReason.MEMORY:
+            raise MemoryExhausted
         if reason is FinishReason.ERROR:
             if not self._held_by:
                 raise EngineDead("The engine could not go on with an answer.")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from engine.build import build, plan_memory
+from engine.build import build, make_policy, plan_memory
 from engine.config import EngineConfig, ModelDrafterConfig, ModelSource
+from engine.model.budget import Footprint, kv_budget
 from engine.model.linear import choose
 from engine.model.loader import ModelSize, PairMember, check_pair, estimate, read_config, resolve_device, resolve_dtype
 from engine.model.source import fetch_config
@@ -45,7 +46,7 @@ class Prospect:
     member: PairMember
     size: ModelSize
     dtype: str
-    itemsize: int
+    footprint: Footprint
 
 
 def loaded_figures(config: EngineConfig, progress: Callable[[str], None]) -> Figures:
@@ -72,9 +73,11 @@ def estimated_figures(config: EngineConfig) -> Figures:
         return Figures(str(device), config.model.target.dtype, unread=unread)
     if len(known) == 2 and all((prospect.member.path / "tokenizer.json").is_file() for prospect in known):
         check_pair(known[0].member, known[1].member)
-    per_token = sum(prospect.size.kv_values_per_token * prospect.itemsize for prospect in known)
-    plan = plan_memory(config.engine, per_token, known[0].size.context_length)
-    weights = sum(prospect.size.num_parameters * prospect.itemsize for prospect in known)
+    footprints = [prospect.footprint for prospect in known]
+    per_token = sum(footprint.kv_bytes_per_token for footprint in footprints)
+    weights = sum(prospect.size.num_parameters * prospect.footprint.itemsize for prospect in known)
+    kv_bytes = kv_budget(config.engine, device, make_policy(config).max_length, footprints, weights)
+    plan = plan_memory(config.engine, per_token, known[0].size.context_length, kv_bytes)
     return Figures(str(device), known[0].dtype, weights, per_token, plan.num_blocks, plan.max_model_len, place=known[0].member.path)
 
 
@@ -89,7 +92,7 @@ def _prospect(source: ModelSource, config: EngineConfig) -> Prospect | None:
     choose(source.quantization, dtype, device)
     size = estimate(model)
     member = PairMember(source.source, place, size.vocab_size)
-    return Prospect(member, size, str(dtype).removeprefix("torch."), dtype.itemsize)
+    return Prospect(member, size, str(dtype).removeprefix("torch."), Footprint.of(model, dtype, size.kv_values_per_token * dtype.itemsize))
 
 
 def table_of(path: Path, deployment: Deployment, figures: Figures) -> Table:
@@ -132,6 +135,15 @@ def _dialect(server: ServerSettings, place: Path | None) -> tuple[str, str]:
     return in_words(TextTokenizer.from_folder(place).template_source, server.tool_format, server.reasoning_format)
 
 
+def _kv_cache(deployment: Deployment, figures: Figures) -> str:
+    asked = deployment.engine.kv_cache
+    if asked is not None:
+        return in_bytes(int(asked))
+    if figures.num_blocks is None or figures.kv_bytes_per_token is None:
+        return "auto"
+    return f"auto: {in_bytes(figures.num_blocks * deployment.engine.block_size * figures.kv_bytes_per_token)}"
+
+
 def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
     engine, server, drafter = deployment.engine, deployment.server, deployment.model.drafter
     blocks = UNKNOWN if figures.num_blocks is None else f"{figures.num_blocks:,} of {engine.block_size} tokens"
@@ -144,7 +156,7 @@ def _rows(deployment: Deployment, figures: Figures) -> list[tuple[str, str]]:
         ("draft length", f"{deployment.speculation.draft_length.policy}, at most {deployment.speculation.draft_length.max}"),
         ("device, dtype", ", ".join([figures.device, figures.dtype, *_quantizations(deployment)])),
         ("weights", in_bytes(figures.weight_bytes)),
-        ("KV cache", in_bytes(int(engine.kv_cache))),
+        ("KV cache", _kv_cache(deployment, figures)),
         ("KV of a token", in_bytes(figures.kv_bytes_per_token)),
         ("blocks", blocks),
         ("served context", UNKNOWN if figures.max_model_len is None else f"{figures.max_model_len:,} tokens"),

@@ -150,7 +150,7 @@ class Pair:
         content = self.config.model_dump()
         drafter = content["model"]["drafter"]
         content["model"] |= {"target": {key: drafter[key] for key in ModelSource.model_fields}, "drafter": {"kind": "none"}}
-        content["engine"] |= {"kv_cache": min(content["engine"]["kv_cache"], ALONE_KV_CACHE), "max_model_len": None}
+        content["engine"] |= {"kv_cache": min(content["engine"]["kv_cache"] or ALONE_KV_CACHE, ALONE_KV_CACHE), "max_model_len": None}
         del content["speculation"]
         return EngineConfig.model_validate(content)
 

@@ -48,3 +48,7 @@ class KVCache:
         _, num_heads, head_dim = self._shape
         kv = self._layers[layer].view(-1, block_size, 2 * num_heads, head_dim)
         return kv[:, :, :num_heads], kv[:, :, num_heads:]
+
+    def let_go(self) -> None:
+        """Give up the place that `read` keeps."""
+        self._read = self._read.new_empty(0, *self._read.shape[1:])

@@ -6,7 +6,7 @@ can be summed as for any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.config import Quantization
 from engine.errors import ConfigError, UnsupportedModel
-from engine.model import onednn
+from engine.model import eight_bits, onednn
 
 # Below four rows the library takes other kernels: slower (1 row by a sixth, 2 by a third, measured on Zen 4), and one of them adds in
 # another order. With zero rows beneath, a product has the same bits at any number of rows.
@@ -132,19 +132,38 @@ AS_THEY_ARE = LinearKind(lambda linear, _: linear, 0.0, "linear layers as they a
 
 def choose(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> LinearKind:
     """The fastest that computes what is asked for. Raises ConfigError where the quantisation is not to be had."""
-    if quantization == "int8":
-        if reason := _why_not_int8(dtype, device):
-            raise ConfigError(f"quantization: 'int8' - {reason}; take none.")
-        return LinearKind(Int8Linear, 0.2, "linear layers with 8-bit weights", reads_inputs=True)
+    if quantization != "none":
+        kind = _QUANTISED.get((quantization, device.type))
+        reason = kind.why_not(dtype, device) if kind else f"there is none for {device.type} so far"
+        if kind is None or reason:
+            raise ConfigError(f"quantization: {quantization!r} - {reason}; take none.")
+        return kind.kind
     reason = f"packing is for CPUs, not for {device.type}" if device.type != "cpu" else onednn.why_not_float(dtype)
     if reason:
         return LinearKind(AS_THEY_ARE.make, AS_THEY_ARE.rounding, f"{AS_THEY_ARE.note} ({reason})")
     return LinearKind(lambda linear, _: PackedLinear(linear), 0.0, "linear layers packed for this CPU")
 
 
-def _why_not_int8(dtype: torch.dtype, device: torch.device) -> str:
-    if device.type != "cpu":
-        return f"8-bit weights are for CPUs so far, not for {device.type}"
+def _why_not_int8_on_a_cpu(dtype: torch.dtype, device: torch.device) -> str:
     if dtype is not torch.float32:
         return f"8-bit weights need dtype float32 beside them, not {str(dtype).removeprefix('torch.')}"
     return onednn.why_not_int8()
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantised:
+    """Linear layers with fewer bits, and who cannot have them."""
+
+    kind: LinearKind
+    why_not: Callable[[torch.dtype, torch.device], str]
+
+
+_QUANTISED: Mapping[tuple[str, str], _Quantised] = {
+    ("int8", "cpu"): _Quantised(LinearKind(Int8Linear, 0.2, "linear layers with 8-bit weights", reads_inputs=True), _why_not_int8_on_a_cpu),
+    ("int8", "cuda"): _Quantised(
+        LinearKind(lambda linear, _: eight_bits.WeightInt8Linear(linear), 0.1, "linear layers with 8-bit weights"), eight_bits.why_not_int8
+    ),
+    ("fp8", "cuda"): _Quantised(
+        LinearKind(lambda linear, _: eight_bits.Fp8Linear(linear), 0.3, "linear layers in 8-bit floating point"), eight_bits.why_not_fp8
+    ),
+}

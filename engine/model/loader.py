@@ -25,6 +25,7 @@ from engine.config import Dtype
 from engine.errors import ConfigError, IncompatiblePair, SourceError, UnsupportedModel
 from engine.model.borrowed import borrowed_weights
 from engine.model.gguf_metadata import require_convertible
+from engine.model.memory import ADVICE
 from engine.model.parts import joined_weights, read_weights
 from engine.model.source import CONFIG_FILE, first_line
 
@@ -266,7 +267,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device, cache_dir: Path |
             )
         except (OSError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
-                raise ConfigError(f"{path.name} does not fit into the memory of {device}: {first_line(error)}") from error
+                raise ConfigError(f"{path.name} does not fit into the memory of {device}: {ADVICE}. {first_line(error)}") from error
             raise SourceError(f"The weights in {path} cannot be loaded: {first_line(error)}") from error
     _require_matching_weights(report, path)
     model.eval()

@@ -1,4 +1,6 @@
-"""How much memory a device has left, so that a deployment that cannot fit is refused in one line instead of being killed."""
+"""How much memory a device has left, so that a deployment that cannot fit is refused in one line instead of being killed; and what it looks
+like when it has none.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,42 @@ from pathlib import Path
 
 import torch
 
+# for whoever runs the deployment, the keys that decide how much memory it takes
+ADVICE = "lower engine.kv_cache, engine.max_step_tokens or engine.max_sequences, or take a smaller dtype, a quantization or a smaller model"
+# what torch and the libraries under it say where it is no OutOfMemoryError; the last is that of a CPU
+_SIGNS = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate",
+)
+
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no room for what was asked of it; the next thing that is asked may have."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS))
+
+
+def let_go(device: torch.device) -> None:
+    """Have torch give back what it only keeps for the next time."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free, and bytes that there are."""
+    let_go(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free), int(total)
 
 
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated; None where the system does not say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return gpu_memory(device)[0]
     found = [n for n in (_free_on_machine(), _free_in_container()) if n is not None]
     return min(found, default=None)
 

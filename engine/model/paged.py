@@ -44,6 +44,10 @@ class PagedModel:
         wanted = hidden if len(rows) == hidden.shape[0] else hidden.index_select(0, on_device(rows, hidden.device))
         return self.stack.logits(wanted)[:, : self.vocab_size]
 
+    def let_go(self) -> None:
+        """Give up what is kept from pass to pass, but for the KV."""
+        self._cache.let_go()
+
 
 def _filled(num: int) -> int:
     """Rows that a pass over `num` tokens runs."""

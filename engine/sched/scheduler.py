@@ -22,6 +22,7 @@ from typing import NamedTuple
 from engine.kv.block_pool import BlockPool, Model
 from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, Logprobs, RowsWanted, StepPlan, Verdict
 from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
+from engine.sched.bound import StepBound
 from engine.sequence import Sequence
 
 
@@ -79,6 +80,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both: the most important first, and of these the oldest
         self.running: list[Sequence] = []
         self.waiting_for = WaitingFor()
+        self.bound = StepBound()
         self._limits = limits
         self._leaders = _Leaders()
         self._by_request: dict[str, dict[int, Sequence]] = {}
@@ -86,6 +88,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def max_step_tokens(self) -> int:
+        """What the next plan may hold."""
+        return int(min(self._limits.max_step_tokens, self.bound.now))
 
     def holds(self, seq: Sequence) -> bool:
         """Whether the sequence has neither ended nor been aborted."""
@@ -123,7 +130,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Everyone catches up with its own length, first come first; then who waits; drafts get what is left."""
         plan: list[Chunk] = []
-        left, preemptions = self._limits.max_step_tokens, self.counters.num_preemptions
+        left, preemptions = self.max_step_tokens, self.counters.num_preemptions
         index = 0
         while left and index < len(self.running):
             num_placed = self._place(self.running[index], left, plan)
@@ -225,6 +232,19 @@ class Scheduler:
         asked = seq.request.speculation.max_draft
         return max(0, min(seq.num_remaining - 1, self.policy.max_length if asked is None else asked))
 
+    # ------------------------------------------------------------------ where memory ran out
+    def take_back(self, plan: StepPlan) -> bool:
+        """A plan that cannot be run: nothing of it was committed, and the next one is smaller. False where none is."""
+        for chunk in plan.chunks:
+            self.pool.trim(chunk.seq, chunk.seq.num_computed)
+        return self.bound.shrink(sum(chunk.num_tokens + chunk.max_draft for chunk in plan.chunks))
+
+    def give_up(self, seq: Sequence) -> TokenDelta:
+        """End an answer of which not even one token can be run."""
+        self.running.remove(seq)
+        self._retire(seq)
+        return _ended(seq, FinishReason.MEMORY)
+
     # ------------------------------------------------------------------ committing
     def commit(
         self,
@@ -239,6 +259,8 @@ class Scheduler:
         `is_lost` says of a sequence that nothing can follow it.
         """
         deltas, row, logprobs = list[TokenDelta](), 0, logprobs or Logprobs()
+        if plan.chunks:
+            self.bound.note_good(self._limits.max_step_tokens)
         for index, chunk in enumerate(plan.chunks):
             seq = chunk.seq
             seq.num_computed += chunk.num_tokens
@@ -250,7 +272,7 @@ class Scheduler:
             reason = None
             if chunk.completes:
                 own = logprobs.emitted[row] if logprobs.emitted else ()
-                delta = _lost(seq) if is_lost(seq) else self._emit(seq, drafts, verdict, row, own)
+                delta = _ended(seq, FinishReason.ERROR) if is_lost(seq) else self._emit(seq, drafts, verdict, row, own)
                 deltas.append(delta)
                 reason, row = delta.finish_reason, row + 1
             seq.drafter_computed = min(drafts.drafter_computed[index], seq.num_computed)  # rollback moves two pointers
@@ -339,9 +361,9 @@ def _scored(seq: Sequence, scores: tuple[TokenLogprobs, ...]) -> TokenDelta:
     return TokenDelta(request_id=seq.request.id, choice=seq.choice.index, token_ids=(), prompt_logprobs=scores)
 
 
-def _lost(seq: Sequence) -> TokenDelta:
+def _ended(seq: Sequence, reason: FinishReason) -> TokenDelta:
     """The end of an answer that cannot go on."""
-    return TokenDelta(request_id=seq.request.id, choice=seq.choice.index, token_ids=(), finish_reason=FinishReason.ERROR)
+    return TokenDelta(request_id=seq.request.id, choice=seq.choice.index, token_ids=(), finish_reason=reason)
 
 
 def _drafted_mask(verdict: Verdict, row: int) -> int:

@@ -173,7 +173,7 @@ def test_float32_is_packed() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "device", "reason"),
-    [(torch.bfloat16, "cpu", "dtype float32 beside them, not bfloat16"), (torch.float32, "cuda", "not for cuda")],
+    [(torch.bfloat16, "cpu", "dtype float32 beside them, not bfloat16"), (torch.float32, "cuda:99", "no such products")],
 )
 def test_8_bits_that_are_not_to_be_had_are_refused(dtype: torch.dtype, device: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=f"quantization: 'int8' - .*{reason}"):

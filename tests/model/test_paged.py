@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ByteSize
 
-from engine.build import Member, assemble, plan_memory, require_memory
+from engine.build import Member, MemoryPlan, assemble, plan_memory, require_memory
 from engine.config import EngineConfig, ModelDrafterConfig, ModelPair, ModelSource, RuntimeConfig
 from engine.draft.ngram import NoDrafter
 from engine.errors import ConfigError, UnsupportedModel
@@ -99,18 +99,18 @@ def test_a_padded_vocabulary_is_cut_to_what_the_pair_has_in_common() -> None:
 
 
 def test_the_served_context_is_the_smaller_of_model_and_pool() -> None:
-    def runtime(kv_cache: int, asked: int | None = None) -> RuntimeConfig:
-        return RuntimeConfig(kv_cache=ByteSize(kv_cache), block_size=16, max_model_len=asked)
+    def plan(kv_bytes: int, asked: int | None = None) -> MemoryPlan:
+        return plan_memory(RuntimeConfig(block_size=16, max_model_len=asked), 100, 64, kv_bytes)
 
-    assert plan_memory(runtime(16 * 100 * 10), 100, 64).max_model_len == 64
-    assert plan_memory(runtime(16 * 100 * 3), 100, 64).max_model_len == 48
-    assert plan_memory(runtime(16 * 100 * 10, asked=40), 100, 64).max_model_len == 40
+    assert plan(16 * 100 * 10).max_model_len == 64
+    assert plan(16 * 100 * 3).max_model_len == 48
+    assert plan(16 * 100 * 10, asked=40).max_model_len == 40
     with pytest.raises(ConfigError, match=r"max_model_len: 65 - must be at most 64: the model's context is 64"):
-        plan_memory(runtime(16 * 100 * 10, asked=65), 100, 64)
+        plan(16 * 100 * 10, asked=65)
     with pytest.raises(ConfigError, match=r"max_model_len: 60 - must be at most 48: engine.kv_cache"):
-        plan_memory(runtime(16 * 100 * 3, asked=60), 100, 64)
+        plan(16 * 100 * 3, asked=60)
     with pytest.raises(ConfigError, match=r"kv_cache: 1599 bytes - must be at least 1600"):
-        plan_memory(runtime(1599), 100, 64)
+        plan(1599)
 
 
 def test_a_cache_that_does_not_fit_is_refused_instead_of_being_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from engine.errors import CrashingRequest, EngineDead, EngineRestarting, QueueFull
+from engine.request import FinishReason
 from server.errors import without_paths
 from tests.server.conftest import USER, make_deployment, serve
 
@@ -23,6 +24,7 @@ CASES: list[tuple[int, str | None, type[openai.APIStatusError], dict[str, Any]]]
     (413, "request_too_large", openai.APIStatusError, {"fields": {"user": "x" * 5000}}),
     (500, "engine_dead", openai.InternalServerError, {"refusal": EngineDead("It is dead.")}),
     (503, "queue_full", openai.InternalServerError, {"refusal": QueueFull(3, 1)}),
+    (503, "out_of_memory", openai.InternalServerError, {"finish": FinishReason.MEMORY}),
     (503, "engine_restarting", openai.InternalServerError, {"refusal": EngineRestarting(1)}),
 ]
 
@@ -31,7 +33,7 @@ CASES: list[tuple[int, str | None, type[openai.APIStatusError], dict[str, Any]]]
 async def test_the_client_raises_its_own_class(folder: Path, status: int, code: str | None, kind: type[Any], how: dict[str, Any]) -> None:
     deployment = make_deployment(api_keys=("key",), max_body_bytes=4000, request_timeout_seconds=0.2)
     async with serve(folder, deployment) as served:
-        served.answer_with(**{name: how[name] for name in ("refusal", "hold") if name in how})
+        served.answer_with(**{name: how[name] for name in ("refusal", "hold", "finish") if name in how})
         client = served.openai.with_options(api_key=how.get("key", "key"))
         with pytest.raises(kind) as caught:
             await client.chat.completions.create(**{"model": "tiny", "messages": USER, **how.get("fields", {})})

@@ -1,0 +1,39 @@
+"""How much a step may run: as much as the deployment says, and less for a while after memory ran out.
+
+Rows and gathered keys are what a step takes beside weights and cache, so fewer tokens is what helps; a preempted sequence would free
+blocks of the pool, which is there in any case.
+"""
+
+from __future__ import annotations
+
+import math
+
+_PATIENCE = (8, 1024)  # steps that go well until more is tried: at first, and at most; doubled each time that more was too much
+
+
+class StepBound:
+    """The most tokens of a step, drafts included."""
+
+    def __init__(self) -> None:
+        self.now: float = math.inf  # beside the deployment's own limit
+        self._patience = _PATIENCE[0]
+        self._num_good = 0
+
+    def shrink(self, num_tried: int) -> bool:
+        """A step over so many tokens was too much. False where a single token was, so that there is nothing less."""
+        if self.now <= 1:
+            return False
+        if self.now < math.inf:
+            self._patience = min(_PATIENCE[1], 2 * self._patience)
+        self.now, self._num_good = max(1, num_tried // 2), 0
+        return True
+
+    def note_good(self, limit: int) -> None:
+        """A step went well. `limit` is the deployment's."""
+        if self.now == math.inf:
+            return
+        self._num_good += 1
+        if self._num_good >= self._patience:
+            self.now, self._num_good = 2 * self.now, 0
+        if self.now >= limit:
+            self.now, self._patience = math.inf, _PATIENCE[0]
