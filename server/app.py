@@ -110,13 +110,15 @@ def _noting(metrics: Metrics) -> errors.Refused:
 
 
 class _Api(FastAPI):
-    """FastAPI that describes no 422: this server sends none."""
+    """FastAPI that describes no status that is never sent: no 422 at all."""
 
     def openapi(self) -> dict[str, Any]:
         description = super().openapi()
         for operations in description["paths"].values():
-            for operation in operations.values():
+            for method, operation in operations.items():
                 operation["responses"].pop("422", None)
+                if method != "post":  # what takes no work has no bound by key
+                    operation["responses"].pop("429", None)
         for name in ("HTTPValidationError", "ValidationError"):
             description["components"]["schemas"].pop(name, None)
         return description

