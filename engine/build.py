@@ -161,7 +161,10 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     policy = make_policy(config, extras.costs, foresight)
     parts = Parts(
         scheduler=Scheduler(
-            BlockPool(memory.num_blocks, block_size), Limits(config.engine.max_sequences, config.engine.max_step_tokens), policy
+            BlockPool(memory.num_blocks, block_size),
+            Limits(config.engine.max_sequences, config.engine.max_step_tokens),
+            policy,
+            automata.is_ready,
         ),
         drafter=_make_drafter(config, drafter, memory.num_blocks, _Drafting(distributions, extras.rules, policy, vocab_size, foresight)),
         runner=ModelRunner(PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)),

@@ -22,6 +22,8 @@ from engine.sequence import Sequence
 from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.verify.verifier import Verifier
 
+_PAUSE = 0.002  # seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -73,6 +75,8 @@ class EngineCore:
         """Run one pass of the target over whatever is due, and say what it emitted."""
         clock, parts, before = _Clock(self._ended), self._parts, replace(self._parts.scheduler.counters)
         plan = parts.scheduler.schedule()
+        if not plan.chunks:  # whoever is here waits for what is made ready beside the steps
+            time.sleep(_PAUSE)
         clock.planned = time.perf_counter()
         drafts = parts.drafter.propose(plan, parts.max_drafter_tokens)
         clock.drafted = time.perf_counter()

@@ -234,7 +234,8 @@ class AdaptiveLength(FixedLength):
         self._of_all().observe(drafts, num_accepted, _SHARED_MEMORY)
 
     def observe_step(self, timing: StepTiming) -> None:
-        self._target.observe(timing.num_target_rows, timing.target_seconds)
+        if timing.num_target_rows:  # else nobody could run
+            self._target.observe(timing.num_target_rows, timing.target_seconds)
         if self._drafter is not None and timing.num_drafter_calls:
             rows = max(1, timing.num_drafter_rows // timing.num_drafter_calls)
             self._drafter.observe(rows, timing.drafter_seconds / timing.num_drafter_calls)
