@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,11 +23,11 @@ TIMEOUT = 20
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """No grammar is compiled before it is set."""
-    gate, compile = threading.Event(), LLMatcher
+    gate = threading.Event()
 
-    def late(*args: object, **options: object) -> LLMatcher:
+    def late(*args: Any, **options: Any) -> LLMatcher:
         assert gate.wait(TIMEOUT)
-        return compile(*args, **options)
+        return LLMatcher(*args, **options)
 
     monkeypatch.setattr("engine.grammar.automaton.LLMatcher", late)
     return gate
