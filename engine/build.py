@@ -177,7 +177,10 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     drafting = None if drafter is None else PagedModel(drafter.stack, memory.num_blocks, block_size, vocab_size)
     parts = Parts(
         scheduler=Scheduler(
-            BlockPool(memory.num_blocks, block_size), Limits(config.engine.max_sequences, config.engine.max_step_tokens), policy
+            BlockPool(memory.num_blocks, block_size),
+            Limits(config.engine.max_sequences, config.engine.max_step_tokens),
+            policy,
+            automata.is_ready,
         ),
         drafter=_make_drafter(config, drafter, drafting, _Drafting(distributions, extras.rules, policy, foresight)),
         runner=ModelRunner(running),

@@ -26,6 +26,7 @@ from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.verify.verifier import Verifier
 
 _log = logging.getLogger(__name__)
+_PAUSE = 0.002  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class EngineCore:
         clock, parts, before = _Clock(self._ended), self._parts, replace(self._parts.scheduler.counters)
         given_up: list[TokenDelta] = []
         plan = parts.scheduler.schedule()
+        if not plan.chunks:  # whoever is here waits for what is made ready beside the steps
+            time.sleep(_PAUSE)
         while (ran := self._run(plan, clock)) is None:
             parts.let_go()
             if not parts.scheduler.take_back(plan):

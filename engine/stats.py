@@ -58,7 +58,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_cached_blocks: int = 0  # that nobody holds, and whose KV may be found again
     num_waiting_for_place: int = 0  # max_sequences answers ran
     num_waiting_for_memory: int = 0  # too few blocks were free
-    num_waiting_for_leader: int = 0  # another answer was computing what they need
+    num_waiting_for_leader: int = 0  # another answer was computing what they need, or their grammar was being compiled
     num_waiting_for_budget: int = 0  # the step's tokens were given out
 
 

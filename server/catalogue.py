@@ -57,7 +57,7 @@ _STATE: Mapping[str, Entry] = {
         "gauge",
         (*MODEL, "reason"),
         "Answers that waited at the last step, by what for: place (max_sequences run), memory (too few KV blocks are free), "
-        "leader (another answer computes the same prefix), budget (the step's tokens were given out)",
+        "leader (another answer computes the same prefix, or a grammar is compiled), budget (the step's tokens were given out)",
     ),
     "kv_used_blocks": Entry("gauge", MODEL, "KV blocks that running answers held at the last step. Near kv_blocks answers are preempted"),
     "kv_blocks": Entry("gauge", MODEL, "KV blocks that there are"),

@@ -201,7 +201,8 @@ class AdaptiveLength(FixedLength):
         self._of_all().observe(drafts, num_accepted, _SHARED_MEMORY)
 
     def observe_step(self, timing: StepTiming) -> None:
-        self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds)
+        if timing.num_target_rows:  # else nobody could run
+            self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds)
         self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
         # a pass that catches up with many tokens of few sequences says little of one that drafts for as many
         if self._drafter is not None and timing.num_drafter_calls and 2 * timing.num_late_rows <= timing.num_drafter_rows:

@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.sequence import Sequence
 
-T = TypeVar("T")
 Mask = bytes  # a bit a token, the lowest first: what may come next
 _log = logging.getLogger(__name__)
 
@@ -60,7 +58,11 @@ class Vocabulary:
 
     def matcher(self, grammar: str) -> LLMatcher:
         """At the beginning of a text. What is wrong with the grammar is an error of the matcher."""
-        return _with_deep_stack(lambda: LLMatcher(self.tokenizer, grammar, log_level=0, limits=_LIMITS))
+        return self.compiling(grammar).result()
+
+    def compiling(self, grammar: str) -> _Compiling:
+        """The same, begun: most take a few milliseconds, the longest a fifth of a second, in which other threads go on."""
+        return _Compiling(lambda: LLMatcher(self.tokenizer, grammar, log_level=0, limits=_LIMITS))
 
     def mistake_in(self, grammar: str) -> str:
         """Why answers cannot be held to a grammar, in the library's words; "" where they can.
@@ -89,17 +91,26 @@ def _read(text: str, end_token_ids: tuple[int, ...]) -> Vocabulary | None:
     return Vocabulary(tokenizer, end_token_ids) if end_token_ids else None
 
 
-def _with_deep_stack(work: Callable[[], T]) -> T:
-    """The result of `work`, done in a thread that has room for recursion: one that runs out of it ends the process."""
-    results: list[T] = []
-    before = threading.stack_size(_STACK)
-    try:
-        thread = threading.Thread(target=lambda: results.append(work()), name="grammar")
-        thread.start()
-    finally:
-        threading.stack_size(before)
-    thread.join()
-    return results[0]
+class _Compiling:
+    """Work that is done in a thread with room for recursion: one that runs out of it ends the process."""
+
+    def __init__(self, work: Callable[[], LLMatcher]):
+        self._results: list[LLMatcher] = []
+        before = threading.stack_size(_STACK)
+        try:
+            self._thread = threading.Thread(target=lambda: self._results.append(work()), name="grammar", daemon=True)
+            self._thread.start()
+        finally:
+            threading.stack_size(before)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> LLMatcher:
+        """Waits for it."""
+        self._thread.join()
+        return self._results[0]
 
 
 @dataclass(slots=True)
@@ -124,6 +135,24 @@ class Automata:
         self._vocab_size = vocab_size
         self._runs: WeakKeyDictionary[Sequence, _Run] = WeakKeyDictionary()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the newest last
+        self._compiling: tuple[str, _Compiling] | None = None  # one at a time, or nothing would be left for the steps
+
+    def is_ready(self, seq: Sequence) -> bool:
+        """Whether a sequence can be asked about without delay. A grammar that is not known is compiled from now on, beside the steps: who
+        wants it waits, and nobody else does."""
+        grammar = seq.request.grammar
+        if grammar is None or seq in self._runs:
+            return True
+        if self._compiling is not None and self._compiling[1].is_done:
+            self._keep(self._compiling[0], self._compiling[1].result())
+            self._compiling = None
+        if grammar in self._compiled:
+            self._runs[seq] = _Run(self._copy(grammar))
+            return True
+        if self._compiling is None:
+            assert self._vocabulary is not None
+            self._compiling = grammar, self._vocabulary.compiling(grammar)
+        return False
 
     def mask(self, seq: Sequence, drafts: ListLike[int]) -> Mask | None:
         """What may follow the sequence and these drafts; None where there is no grammar or no telling, since a draft cannot stand."""
@@ -170,7 +199,7 @@ class Automata:
 
     def _renew(self, run: _Run, seq: Sequence) -> bool:
         """Begin anew with the parser, which others may have worn out: copies share states, and these are limited. False if that does not
-        help: the run is broken then."""
+        help: the run is broken then. Here alone a step waits for a grammar to be compiled: of an answer that has begun."""
         assert self._vocabulary is not None
         assert seq.request.grammar is not None
         answer = seq.tokens[len(seq.request.prompt_ids) :]
@@ -184,11 +213,14 @@ class Automata:
     def _copy(self, grammar: str) -> LLMatcher:
         assert self._vocabulary is not None
         if grammar not in self._compiled:
-            self._compiled[grammar] = self._vocabulary.matcher(grammar)
-            if len(self._compiled) > _NUM_COMPILED:
-                self._compiled.popitem(last=False)
+            self._keep(grammar, self._vocabulary.matcher(grammar))
         self._compiled.move_to_end(grammar)
         return self._compiled[grammar].deep_copy()
+
+    def _keep(self, grammar: str, matcher: LLMatcher) -> None:
+        self._compiled[grammar] = matcher
+        if len(self._compiled) > _NUM_COMPILED:
+            self._compiled.popitem(last=False)
 
     def _read(self, matcher: LLMatcher, seq: Sequence) -> Mask:
         """The mask at a place. Where an end may come, whatever ends this request's answers may."""

@@ -54,8 +54,7 @@ def _of_prompts(rows: RowBatch) -> dict[Sequence, list[_Wanted]]:
     """The prompt tokens that rows in front of the windows choose. After a preemption some are run again that are known."""
     wanted: dict[Sequence, list[_Wanted]] = {}
     for row, (seq, offset) in enumerate(zip(rows.seqs, rows.offsets, strict=True)):
-        position = len(seq.tokens) + offset
-        if offset < 0 and seq.num_scored <= position < len(seq.request.prompt_ids):
+        if offset < 0 and seq.num_scored <= (position := len(seq.tokens) + offset) < len(seq.request.prompt_ids):
             wanted.setdefault(seq, []).append(_Wanted(row, seq.tokens[position], seq.request.sampling.num_prompt_logprobs or 0))
     return wanted
 

@@ -40,7 +40,7 @@ class WaitingFor(NamedTuple):
 
     place: int = 0  # as many as may run did
     memory: int = 0  # too few blocks were free
-    leader: int = 0  # another sequence was computing the blocks that they need
+    leader: int = 0  # another sequence was computing the blocks that they need, or their grammar was being compiled
     budget: int = 0  # the step's tokens were given out
 
 
@@ -73,8 +73,10 @@ class _Leaders:
 class Scheduler:
     """Owns the sequences and the pool's blocks that they hold."""
 
-    def __init__(self, pool: BlockPool, limits: Limits, policy: DraftLengthPolicy):
+    def __init__(self, pool: BlockPool, limits: Limits, policy: DraftLengthPolicy, is_ready: Callable[[Sequence], bool] = lambda seq: True):
+        """`is_ready` says of a sequence that waits whether it may begin; it is asked until it does."""
         self.pool = pool
+        self._is_ready = is_ready
         self.policy = policy
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # both: the most important first, and of these the oldest
@@ -143,12 +145,12 @@ class Scheduler:
         return StepPlan(tuple(self._with_drafts(plan, left)))
 
     def _admit_waiting(self, budget: int, plan: list[Chunk]) -> int:
-        """Start waiting sequences, in their order, but for those that wait for a leader. Returns the tokens given out."""
+        """Start waiting sequences, in their order, but for those that wait for a leader or are not ready. Returns the tokens given out."""
         left, index, is_short = budget, 0, False
         while left and index < len(self.waiting) and len(self.running) < self._limits.max_sequences:
             seq = self.waiting[index]
             hit = self.pool.match(seq)
-            if self._is_led(seq, len(hit)):
+            if self._is_led(seq, len(hit)) or not self._is_ready(seq):
                 index += 1
                 continue
             if is_short := not self._admit(seq, hit, left):

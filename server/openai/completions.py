@@ -37,16 +37,21 @@ class CompletionShape:
     def note_logprobs(self, choice: schema.Choice, tokens: Sequence[Likelihood], offset: int) -> None:
         assert isinstance(choice, schema.TextChoice)
         choice.logprobs = schema.TextLogprobs(
-            tokens=[token.text for token in tokens],
+            tokens=[_name(token) for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            # of tokens with the same text, such as parts of characters, the likeliest; the emitted one in any case
+            # of tokens with the same text the likeliest; the emitted one in any case
             top_logprobs=[_likeliest(token) for token in tokens],
             text_offset=list(accumulate((token.length for token in tokens), initial=offset))[:-1],
         )
 
 
 def _likeliest(token: Likelihood) -> dict[str, float] | None:
-    return {top.text: top.logprob for top in (*reversed(token.top), token) if top.logprob is not None} or None
+    return {_name(top): top.logprob for top in (*reversed(token.top), token) if top.logprob is not None} or None
+
+
+def _name(token: Likelihood) -> str:
+    """A token's text; what is no whole character by its bytes, as OpenAI writes them, or such tokens could not be told apart."""
+    return token.text if token.text.encode() == token.raw else "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)
 
 
 @router.post("/completions", response_model=schema.Completion, responses=DOCUMENTED)

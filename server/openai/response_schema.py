@@ -141,7 +141,7 @@ class ChatLogprobs(BaseModel):
 class TextLogprobs(BaseModel):
     """Entry by entry the same tokens."""
 
-    tokens: list[str]
+    tokens: list[str] = Field(description="what is no whole character as its bytes, such as bytes:\\xf0\\x9f")
     token_logprobs: list[float | None] = Field(description="null for the first token of a prompt, in front of which nothing is")
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int] = Field(description="where the token begins in the choice's text, or would if a stop string were part of it")

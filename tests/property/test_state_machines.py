@@ -12,7 +12,7 @@ from engine.plan import StepPlan, Verdict
 from engine.request import Choice, Request, SamplingParams, SpeculationParams
 from engine.sched.scheduler import Limits, Scheduler
 from engine.sequence import Sequence
-from tests.unit.factories import make_drafts, make_sequence
+from tests.unit.factories import make_drafts, make_scores, make_sequence
 
 TOKENS = st.integers(0, 2)  # few, so that prefixes are shared
 PRIORITIES = st.sampled_from([0, 0, 0, -1, 1])
@@ -65,13 +65,16 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests are added, aborted, and stepped with random verdicts, a drafter that lags at random, and random stops."""
+    """Requests are added, aborted, and stepped with random verdicts, a drafter that lags at random, and random stops. Some have their
+    prompts scored: all of them, in order, once, and before any choice has a token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
         self.emitted: dict[tuple[str, int], list[int]] = {}
         self.limit: dict[tuple[str, int], int] = {}
+        self.told: dict[str, list[float]] = {}  # positions of each prompt
+        self.to_tell: dict[str, int] = {}
 
     @initialize(num_blocks=st.integers(6, 24), block_size=st.integers(1, 4), max_sequences=st.integers(1, 5), budget=st.integers(1, 20))
     def make(self, num_blocks: int, block_size: int, max_sequences: int, budget: int) -> None:
@@ -81,24 +84,26 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         tokens=st.lists(TOKENS, min_size=1, max_size=14),
-        max_tokens=st.integers(1, 8),
+        max_tokens=st.integers(0, 8),
         n=st.integers(1, 3),
         enabled=st.booleans(),
         priority=PRIORITIES,
+        scores=st.booleans(),
     )
-    def add(self, tokens: list[int], max_tokens: int, n: int, enabled: bool, priority: int) -> None:
+    def add(self, tokens: list[int], max_tokens: int, n: int, enabled: bool, priority: int, scores: bool) -> None:
         if len(tokens) + max_tokens > self.capacity:
             return
         self.count += 1
         request = Request(
             id=f"r{self.count}",
             prompt_ids=tuple(tokens),
-            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(2,)),
+            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(2,), num_prompt_logprobs=0 if scores else None),
             speculation=SpeculationParams(enabled=enabled),
             choices=tuple(Choice(i) for i in range(n)),
             priority=priority,
         )
         self.scheduler.add(request)
+        self.told[request.id], self.to_tell[request.id] = [], len(tokens) if scores else 0
         for i in range(n):
             self.emitted[request.id, i], self.limit[request.id, i] = [], max_tokens
 
@@ -108,6 +113,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.limit)))
         assert self.scheduler.abort(*key) is not None
         del self.limit[key]
+        if key[1] == 0:
+            self.to_tell[key[0]] = 0  # with the first choice the scores have gone
         assert self.scheduler.abort(*key) is None
 
     @rule(data=st.data())
@@ -143,12 +150,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         accepted = [data.draw(st.integers(0, n)) for n in lengths]
         ids = tuple(tuple(data.draw(TOKENS) for _ in range(m + 1)) for m in accepted)
         verdict = Verdict(ids, tuple(accepted), (0,) * len(ids), (0,) * len(ids), (False,) * len(ids))
-        for delta in self.scheduler.commit(plan, make_drafts(plan, lengths, marks), verdict):
+        for delta in self.scheduler.commit(plan, make_drafts(plan, lengths, marks), verdict, make_scores(plan)):
             key = delta.request_id, delta.choice
+            if delta.prompt_logprobs:
+                told = self.told[delta.request_id]
+                told += [token.logprob for token in delta.prompt_logprobs]
+                assert told == list(range(1, len(told) + 1))
+                continue
+            assert len(self.told[delta.request_id]) >= self.to_tell[delta.request_id] - 1, "an answer began before its prompt was scored"
             self.emitted[key] += delta.token_ids
             assert len(self.emitted[key]) <= self.limit[key]
             assert 2 not in self.emitted[key][:-1], "nothing is emitted behind a stop token"
-            is_over = self.emitted[key][-1] == 2 or len(self.emitted[key]) == self.limit[key]
+            is_over = self.emitted[key][-1:] == [2] or len(self.emitted[key]) == self.limit[key]
             assert (delta.finish_reason is not None) == is_over
             if is_over:
                 del self.limit[key]

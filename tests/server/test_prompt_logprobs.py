@@ -133,3 +133,16 @@ def test_a_text_that_was_changed_loses_its_place_only_for_a_while() -> None:
     assert beginnings("Hello world", [" Hello", " world"]) == [0, 5], "decoders take the first space"
     assert beginnings("ABC def ghi", ["abc", " def", " ghi"]) == [0, 3, 7], "a normalizer writes small letters"
     assert beginnings("", []) == [0]
+
+
+async def test_parts_of_characters_can_be_told_apart(served: Served) -> None:
+    """Else a likelier token with another part would be taken for the prompt's own, and an evaluation for a sure answer."""
+    ids = ids_of(served, "🦊")
+    assert len(ids) == 4
+    (choice,) = (await served.complete("🦊", echo=True, logprobs=1, max_tokens=0)).json()["choices"]
+    names = [f"bytes:\\x{byte:02x}" for byte in "🦊".encode()]
+    assert choice["logprobs"]["tokens"] == names
+    assert choice["logprobs"]["text_offset"] == [0] * 4
+    for own, name, top in zip(ids[1:], names[1:], choice["logprobs"]["top_logprobs"][1:], strict=True):
+        assert len(top) == 2
+        assert top[name] == -own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import random
 import threading
 from collections import Counter
@@ -22,8 +23,9 @@ from engine.client import ThreadClient
 from engine.config import HeuristicLengthConfig
 from engine.core import EngineCore
 from server.app import create_app
+from tests.reference import NaiveModel, softmax
 from tests.server.conftest import listen, make_deployment, until
-from tests.tiny import Setup, make_core
+from tests.tiny import Setup, make_core, target_model
 
 NUM_REQUESTS, NUM_AT_ONCE = 500, 40
 
@@ -215,3 +217,23 @@ async def test_metrics_agree_with_what_was_answered(folder: Path) -> None:
         assert sum(spec["acceptance_histogram"]) == spec["num_spec_steps"] <= cascade["target_calls"]
         assert cascade["drafter_calls"] > 0
         assert tokens == spec["num_accepted_draft_tokens"] + cascade["target_calls"], "every pass of the target adds one token of its own"
+
+
+async def test_likelihoods_of_prompts_are_the_models_own(folder: Path) -> None:
+    """As lm-evaluation-harness asks for them, many at once: the naive loop's, to the last digit that JSON carries."""
+    rng, naive = random.Random(8), NaiveModel(target_model(vocab=300))
+    prompts = [[rng.randrange(3, 300) for _ in range(rng.randint(2, 20))] for _ in range(12)]
+    fields = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    async with running(folder, "model") as it:
+        bodies = [{"model": "tiny", "prompt": prompts[i : i + 3], **fields} for i in range(0, len(prompts), 3)]
+        responses = await asyncio.gather(*(it.http.post("/v1/completions", json=body) for body in bodies))
+        choices = [choice for response in responses for choice in response.json()["choices"]]
+        for prompt, choice in zip(prompts, choices, strict=True):
+            found, tops = choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"]
+            assert len(found) == len(prompt) + 1
+            assert (found[0], tops[0]) == (None, None)
+            for i in range(1, len(prompt)):
+                row = [math.log(x) for x in softmax(naive.logits(prompt[:i]))]
+                assert found[i] == pytest.approx(row[prompt[i]], abs=1e-9)
+                assert max(tops[i].values()) == pytest.approx(max(row), abs=1e-9)
+        await until(it.is_at_rest)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.plan import DraftBatch, QKind, StepPlan, Verdict
-from engine.request import Choice, Request, SamplingParams, SpeculationParams
+from engine.plan import DraftBatch, Logprobs, QKind, RowsWanted, StepPlan, Verdict
+from engine.request import Choice, Request, SamplingParams, SpeculationParams, TokenLogprobs
 from engine.sequence import Sequence
 
 
@@ -43,3 +43,18 @@ def make_verdict(*emitted: tuple[int, ...]) -> Verdict:
     """All tokens but the last of each are accepted drafts."""
     nothing = (0,) * len(emitted)
     return Verdict(tuple(emitted), tuple(len(ids) - 1 for ids in emitted), nothing, nothing, (False,) * len(emitted))
+
+
+def make_scores(plan: StepPlan) -> Logprobs:
+    """Of every prompt token that is to be scored and whose row the plan runs, its position."""
+    return Logprobs(
+        prompts={
+            chunk.seq: tuple(
+                TokenLogprobs(float(position))
+                for position in range(chunk.seq.num_computed + 1, chunk.seq.num_computed + chunk.num_tokens + 1)
+                if chunk.seq.num_scored <= position < len(chunk.seq.request.prompt_ids)
+            )
+            for chunk in plan.chunks
+            if chunk.rows_wanted is RowsWanted.ALL
+        }
+    )

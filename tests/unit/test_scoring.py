@@ -8,12 +8,12 @@ import pytest
 from engine.draft.length import FixedLength
 from engine.errors import InvalidRequest
 from engine.kv.block_pool import BlockPool
-from engine.plan import Logprobs, RowsWanted, StepPlan
-from engine.request import FinishReason, Request, TokenDelta, TokenLogprobs
+from engine.plan import RowsWanted, StepPlan
+from engine.request import FinishReason, Request, TokenDelta
 from engine.sched.admission import Admission
 from engine.sched.scheduler import Limits, Scheduler
 from tests.fakes import make_info
-from tests.unit.factories import make_drafts, make_request, make_verdict
+from tests.unit.factories import make_drafts, make_request, make_scores, make_verdict
 
 
 def make_scheduler(num_blocks: int = 16, block_size: int = 4, budget: int = 8) -> Scheduler:
@@ -28,17 +28,8 @@ def scoring(id: str, num_tokens: int, max_tokens: int = 4, num_choices: int = 1)
 def step(scheduler: Scheduler) -> tuple[StepPlan, list[TokenDelta]]:
     """Schedule and commit; every row that is wanted tells the position of the token that it chooses."""
     plan = scheduler.schedule()
-    scores = {
-        chunk.seq: tuple(
-            TokenLogprobs(float(position))
-            for position in range(chunk.seq.num_computed + 1, chunk.seq.num_computed + chunk.num_tokens + 1)
-            if chunk.seq.num_scored <= position < len(chunk.seq.request.prompt_ids)
-        )
-        for chunk in plan.chunks
-        if chunk.rows_wanted is RowsWanted.ALL
-    }
     verdict = make_verdict(*((7,),) * len(plan.completing))
-    deltas = scheduler.commit(plan, make_drafts(plan, [0] * len(plan.completing)), verdict, Logprobs(prompts=scores))
+    deltas = scheduler.commit(plan, make_drafts(plan, [0] * len(plan.completing)), verdict, make_scores(plan))
     scheduler.check()
     return plan, deltas
 
