@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,7 +133,9 @@ def test_what_triton_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.model.triton_attention.find_spec", lambda name: None)
     assert triton.lacks(gpu) == "Triton is not installed here; torch's builds for CUDA bring it"
     monkeypatch.setattr("engine.model.triton_attention.find_spec", lambda name: True)
+    monkeypatch.setattr("engine.model.triton_attention._kernels", lambda: SimpleNamespace(IS_INTERPRETED=False))
     assert triton.lacks(gpu) is None
+    assert triton.lacks(CPU) == "it runs on a CUDA device; on a CPU only step by step, with TRITON_INTERPRET=1, for tests"
     assert triton.lacks(replace(gpu, dtype=torch.float64)) == "its kernels do not compute in float64"
     assert triton.lacks(replace(gpu, head_dim=320)) == "its kernels hold heads of 256 dimensions at most, and these have 320"
     assert triton.lacks(replace(gpu, num_heads=130)) == "its kernels hold 64 query heads a key-value head at most"
