@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -10,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model import attention_choice
-from engine.model.attention import GATHER, Attention, AttentionKind, AttentionShape, LayerAttention, PagedContext, Segment
+from engine.model.attention import GATHER, Attention, AttentionKind, AttentionShape, GatherAttention, LayerAttention, PagedContext, Segment
 from engine.model.attention_choice import KINDS, choose_attention, measured, mistake_of
 from engine.model.flashinfer_attention import FlashInferAttention
+from engine.model.paged import PagedModel
+from engine.model.stack import DecoderStack
 from engine.model.triton_attention import TritonAttention
 from engine.model.varlen_attention import VarlenAttention
+from tests.tiny import ARCHITECTURES, target_model
 
 CPU = AttentionShape(4, 2, 16, (None, 5), torch.float32, torch.device("cpu"))
 
@@ -112,6 +116,32 @@ def test_on_a_gpu_it_is_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatc
         "wrong: it is off by 1.0e+00 here, where 1e-04 is rounding in torch.float32; missing: it is not here)"
     ]
     assert choose_attention("auto", gpu, 16, said.append, (GATHER, wrong), lambda kind, *_: times[kind.name]) is GATHER
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_stack_asks_once_and_its_passes_use_what_was_chosen(architecture: str) -> None:
+    own, asked, calls = target_model(architecture=architecture), [], []
+
+    class Counted(GatherAttention):
+        def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> Attention:
+            calls.append(block_size)
+            return super().over(cache, block_size, shape)
+
+    def choose(shape: AttentionShape) -> AttentionKind:
+        asked.append(shape)
+        return Counted()
+
+    stack = DecoderStack(copy.deepcopy(own), choose_attention=choose)
+    head_dim = own.model.layers[0].self_attn.head_dim
+    assert asked == [AttentionShape(4, 2, head_dim, stack.windows, torch.float64, CPU.device)]
+    assert calls == [16], "at the load"
+    PagedModel(stack, 8, 4)
+    assert calls == [16, 4]
+
+
+def test_a_model_whose_attention_is_wrong_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="two packed sequences get other logits"):
+        DecoderStack(copy.deepcopy(target_model()), choose_attention=lambda _: _Fake(error=1.0))
 
 
 def test_time_is_measured() -> None:
