@@ -155,18 +155,21 @@ class _TritonContext:
         _kernels().write_kv[grid](kv, cache, self.slots, kv.stride(0), cache.stride(0), WIDTH=width, BLOCK=_COLUMNS)
 
     def _launch(self, launch: _Launch, asked: LayerAttention, query: Tensor, cache: Tensor, output: Tensor) -> None:
-        own, (num_rows, num_heads, head_dim) = self.own, query.shape
+        own, (_, num_heads, head_dim) = self.own, query.shape
         splits, num_kv_heads = launch.splits[asked.window], own.shape.num_kv_heads
         is_split = splits > 1
-        parts = output.new_empty((splits, *query.shape), dtype=torch.float32) if is_split else output
-        levels = output.new_empty((splits, num_rows, num_heads), dtype=torch.float32) if is_split else output
+        grid = (len(launch.tiles), num_kv_heads)
+        programs = (splits, *grid, launch.rows)
+        parts = output.new_empty((*programs, head_dim), dtype=torch.float32) if is_split else output
+        levels = output.new_empty(programs, dtype=torch.float32) if is_split else output
         sizes = {
+            "NUM_KV_HEADS": num_kv_heads,
             "GROUP": num_heads // num_kv_heads,
             "HEAD_DIM": head_dim,
             "BLOCK_M": launch.rows,
             "BLOCK_D": max(16, power_of_two(head_dim)),
         }
-        _kernels().attend[len(launch.tiles), num_kv_heads, splits](
+        _kernels().attend[*grid, splits](
             query,
             cache,
             self.tables,
@@ -176,11 +179,8 @@ class _TritonContext:
             query.stride(0),
             cache.stride(0),
             self.tables.stride(0),
-            num_rows,
-            splits,
             asked.window or 0,
             asked.scaling * math.log2(math.e),
-            NUM_KV_HEADS=num_kv_heads,
             BLOCK_SIZE=own.block_size,
             BLOCK_N=own.kind.num_keys(launch.rows, own.shape),
             HAS_WINDOW=asked.window is not None,
@@ -189,8 +189,7 @@ class _TritonContext:
             **launch_options(launch.rows, head_dim),
         )
         if is_split:
-            grid = (len(launch.tiles), num_kv_heads)
-            _kernels().join[grid](parts, levels, launch.tiles, output, num_rows, splits, NUM_HEADS=num_heads, **sizes)
+            _kernels().join[grid](parts, levels, launch.tiles, output, splits, **sizes)
 
 
 def launch_options(rows: int, head_dim: int) -> dict[str, int]:
