@@ -77,7 +77,7 @@ def attended(case: Case, kind: AttentionKind, dtype: torch.dtype | None = None) 
             store[slot] = numbers[slot]
     num_rows = sum(segment.num_tokens for segment in segments) + case.num_filling
     packed = torch.randn(num_rows, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim, generator=generator).to(case.dtype).to(store)
-    packed[num_rows - case.num_filling :] = torch.nan
+    packed[num_rows - case.num_filling :] = 9.0
     context = kind.over(cache, case.block_size, shape).context(segments, num_rows)
     asked = LayerAttention(0, case.window, 1.3 * case.head_dim**-0.5)
     return context.attend(asked, packed[:, : shape.num_heads], packed[:, shape.num_heads :]), store
