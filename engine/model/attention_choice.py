@@ -1,8 +1,8 @@
 """Which kind of attention a model gets: the fastest of those that are right, found out on this device at the start.
 
-A kind is right when it gives what GATHER gives in float32, within the rounding of its dtype, for a ragged batch of random numbers: chunks of
-prompts, verify windows and single tokens, in every window that the model has. One that is asked for by name and cannot serve is refused;
-`auto` says what each of the others lacks. On a CPU `auto` is GATHER.
+A kind is right when it gives what GATHER gives in float32, within the rounding of its dtype, for a ragged batch of random numbers: pieces
+of prompts, verify windows and single tokens, in every window that the model has. One that is asked for by name and cannot serve is
+refused; `auto` says what each of the others lacks. On a CPU `auto` is GATHER.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class _Batch:
     def random(cls, segments: ListLike[tuple[int, int]], shape: AttentionShape, block_size: int) -> _Batch:
         generator = torch.Generator().manual_seed(7)
         nums = [-(-(start + num) // block_size) for start, num in segments]
-        blocks = torch.randperm(sum(nums) + 3, generator=generator)[: sum(nums)].split(nums)
+        blocks = torch.split(torch.randperm(sum(nums) + 3, generator=generator)[: sum(nums)], nums)
         num_heads = 2 * shape.num_kv_heads
 
         def numbers(rows: int, heads: int) -> Tensor:

@@ -26,19 +26,17 @@ def write_kv(kv, cache, slots, kv_stride, cache_stride, WIDTH: tl.constexpr, BLO
     tl.store(cache + slot * cache_stride + columns, values, mask=is_stored)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits", "window"])
+@triton.jit(do_not_specialize=["window"])
 def attend(
     query,  # [N, heads, HEAD_DIM], rows query_stride apart
     cache,  # [slots, 2 * kv_heads, HEAD_DIM], slots cache_stride apart
     tables,  # [S, B] block tables, table_stride apart
     tiles,  # [T, 4]
-    output,  # [N, heads, HEAD_DIM], contiguous; with IS_SPLIT float32 [num_splits, N, heads, HEAD_DIM], parts of it ...
-    levels,  # ... and how much each part weighs, float32 [num_splits, N, heads]: the logarithm to base 2 of its sum of exponentials
+    output,  # [N, heads, HEAD_DIM], contiguous; with IS_SPLIT float32 [splits, T, kv_heads, BLOCK_M, HEAD_DIM], parts of it ...
+    levels,  # ... and how much each weighs, float32 [splits, T, kv_heads, BLOCK_M]: the logarithm to base 2 of its sum of exponentials
     query_stride,
     cache_stride,
     table_stride,
-    num_rows,  # N
-    num_splits,
     window,  # positions that a query sees, its own included, with HAS_WINDOW
     scale,  # of the products of queries and keys, times the logarithm of e to base 2
     NUM_KV_HEADS: tl.constexpr,
@@ -51,7 +49,7 @@ def attend(
     BLOCK_N: tl.constexpr,  # keys at a time
     BLOCK_D: tl.constexpr,  # HEAD_DIM, filled up to a power of two
 ):
-    """Each query of a tile over the keys that it sees, or over one of num_splits parts of them. Grid: tiles, kv_heads, num_splits."""
+    """Each query of a tile over the keys that it sees, or over one of several parts of them. Grid: T, kv_heads, splits."""
     tile = tiles + tl.program_id(0) * 4
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -78,7 +76,7 @@ def attend(
     if HAS_WINDOW:
         first_key = tl.maximum(first_position - window + 1, 0)
     lowest = first_key // BLOCK_N * BLOCK_N
-    part = tl.cdiv(tl.cdiv(behind - lowest, BLOCK_N), num_splits) * BLOCK_N
+    part = tl.cdiv(tl.cdiv(behind - lowest, BLOCK_N), tl.num_programs(2)) * BLOCK_N
     begin = lowest + split * part
     end = tl.minimum(begin + part, behind)
 
@@ -111,28 +109,28 @@ def attend(
     total = tl.where(total > 0.0, total, 1.0)  # of a part without keys, and of rows that are padding
     mixed = mixed / total[:, None]
     if IS_SPLIT:
-        place = (split.to(tl.int64) * num_rows + at) * (NUM_KV_HEADS * GROUP) + heads
+        program = (split.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * NUM_KV_HEADS + kv_head
+        place = program * BLOCK_M + rows
         tl.store(levels + place, highest + tl.log2(total), mask=is_row)
     else:
         place = at * (NUM_KV_HEADS * GROUP) + heads
     tl.store(output + place[:, None] * HEAD_DIM + dims[None, :], mixed.to(output.dtype.element_ty), mask=is_value)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["num_splits"])
 def join(
-    parts,  # [num_splits, N, heads, HEAD_DIM]
-    levels,  # [num_splits, N, heads]
+    parts,  # [num_splits, T, kv_heads, BLOCK_M, HEAD_DIM]
+    levels,  # [num_splits, T, kv_heads, BLOCK_M]
     tiles,  # [T, 4]
     output,  # [N, heads, HEAD_DIM], contiguous
-    num_rows,  # N
     num_splits,
-    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Join what `attend` made of the parts of each query's keys, each by its weight. Grid: tiles, kv_heads."""
+    """Join what `attend` made of the parts of each query's keys, each by its weight. Grid: T, kv_heads."""
     tile = tiles + tl.program_id(0) * 4
     first_row = tl.load(tile + 1)
     num_queries = tl.load(tile + 2)
@@ -140,16 +138,16 @@ def join(
         return
 
     rows = tl.arange(0, BLOCK_M)
-    heads = tl.program_id(1) * GROUP + rows % GROUP
+    kv_head = tl.program_id(1)
     is_row = rows // GROUP < num_queries
     dims = tl.arange(0, BLOCK_D)
     is_value = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    own = (first_row + rows // GROUP).to(tl.int64) * NUM_HEADS + heads
+    own = (tl.program_id(0).to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_M + rows
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for split in range(num_splits):
-        place = own + split * num_rows.to(tl.int64) * NUM_HEADS
+        place = own + split * tl.num_programs(0).to(tl.int64) * (NUM_KV_HEADS * BLOCK_M)
         part_level = tl.load(levels + place, mask=is_row, other=float("-inf"))
         part = tl.load(parts + place[:, None] * HEAD_DIM + dims[None, :], mask=is_value, other=0.0)
         top = tl.maximum(highest, part_level)
@@ -159,4 +157,5 @@ def join(
         total = total * fade + weight
         highest = top
     mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
-    tl.store(output + own[:, None] * HEAD_DIM + dims[None, :], mixed.to(output.dtype.element_ty), mask=is_value)
+    at = (first_row + rows // GROUP).to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + rows % GROUP
+    tl.store(output + at[:, None] * HEAD_DIM + dims[None, :], mixed.to(output.dtype.element_ty), mask=is_value)

@@ -26,7 +26,9 @@ from engine.model.transfer import IndexBuffer
 
 _FEW, _MANY = 16, 64  # rows of a tile; 16 is the least that a product may have
 _STAGE_BYTES = {_FEW: 16 << 10, _MANY: 32 << 10}  # of keys and values that a program loads at a time
-_STAGES = {_FEW: 4, _MANY: 2}  # loads that are under way at a time; with the queries they stay below the 99 KiB of small devices
+# Loads that are under way at a time, those of the block table's entries among them. With the queries they stay below the 99 KiB of small
+# devices, in 16 bits.
+_STAGES = {_FEW: 5, _MANY: 2}
 _MOST_KEYS = 64  # at a time
 _MOST_HEAD_DIM = 256
 _MOST_SPLITS = 32
@@ -65,6 +67,11 @@ class TritonAttention:
             return "it runs on a CUDA device; on a CPU only step by step, with TRITON_INTERPRET=1, for tests"
         return None
 
+    def num_keys(self, rows: int, shape: AttentionShape) -> int:
+        """Keys at a time, for tiles of so many rows."""
+        fitting = _STAGE_BYTES[rows] // (2 * power_of_two(shape.head_dim) * shape.dtype.itemsize)
+        return self.keys or max(16, min(_MOST_KEYS, fitting))
+
     def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> _TritonPaged:
         return _TritonPaged(cache, block_size, shape, self)
 
@@ -99,11 +106,6 @@ class _TritonPaged:
     @property
     def group(self) -> int:
         return self.shape.num_heads // self.shape.num_kv_heads
-
-    def num_keys(self, rows: int) -> int:
-        """Keys at a time, for tiles of so many rows."""
-        fitting = _STAGE_BYTES[rows] // (2 * power_of_two(self.shape.head_dim) * self.shape.dtype.itemsize)
-        return self.kind.keys or max(16, min(_MOST_KEYS, fitting))
 
     def context(self, segments: ListLike[Segment], num_rows: int = 0) -> _TritonContext:
         ragged = Ragged.of(segments, self.block_size)
@@ -141,7 +143,7 @@ class _TritonContext:
         query, kv = _with_whole_rows(query), _with_whole_rows(kv)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         output[self.num_tokens :] = 0
-        with torch.cuda.device_of(kv):  # Triton launches on the current device
+        with torch.cuda.device_of(kv):  # type: ignore[no-untyped-call]  # Triton launches on the current device
             self._write(kv, cache)
             for launch in self.launches:
                 self._launch(launch, asked, query, cache, output)
@@ -153,18 +155,21 @@ class _TritonContext:
         _kernels().write_kv[grid](kv, cache, self.slots, kv.stride(0), cache.stride(0), WIDTH=width, BLOCK=_COLUMNS)
 
     def _launch(self, launch: _Launch, asked: LayerAttention, query: Tensor, cache: Tensor, output: Tensor) -> None:
-        own, (num_rows, num_heads, head_dim) = self.own, query.shape
+        own, (_, num_heads, head_dim) = self.own, query.shape
         splits, num_kv_heads = launch.splits[asked.window], own.shape.num_kv_heads
         is_split = splits > 1
-        parts = output.new_empty((splits, *query.shape), dtype=torch.float32) if is_split else output
-        levels = output.new_empty((splits, num_rows, num_heads), dtype=torch.float32) if is_split else output
+        grid = (len(launch.tiles), num_kv_heads)
+        programs = (splits, *grid, launch.rows)
+        parts = output.new_empty((*programs, head_dim), dtype=torch.float32) if is_split else output
+        levels = output.new_empty(programs, dtype=torch.float32) if is_split else output
         sizes = {
+            "NUM_KV_HEADS": num_kv_heads,
             "GROUP": num_heads // num_kv_heads,
             "HEAD_DIM": head_dim,
             "BLOCK_M": launch.rows,
             "BLOCK_D": max(16, power_of_two(head_dim)),
         }
-        _kernels().attend[len(launch.tiles), num_kv_heads, splits](
+        _kernels().attend[*grid, splits](
             query,
             cache,
             self.tables,
@@ -174,22 +179,22 @@ class _TritonContext:
             query.stride(0),
             cache.stride(0),
             self.tables.stride(0),
-            num_rows,
-            splits,
             asked.window or 0,
             asked.scaling * math.log2(math.e),
-            NUM_KV_HEADS=num_kv_heads,
             BLOCK_SIZE=own.block_size,
-            BLOCK_N=own.num_keys(launch.rows),
+            BLOCK_N=own.kind.num_keys(launch.rows, own.shape),
             HAS_WINDOW=asked.window is not None,
             IS_SPLIT=is_split,
-            num_warps=8 if launch.rows == _MANY and head_dim > 128 else 4,
-            num_stages=_STAGES[launch.rows],
             **sizes,
+            **launch_options(launch.rows, head_dim),
         )
         if is_split:
-            grid = (len(launch.tiles), num_kv_heads)
-            _kernels().join[grid](parts, levels, launch.tiles, output, num_rows, splits, NUM_HEADS=num_heads, **sizes)
+            _kernels().join[grid](parts, levels, launch.tiles, output, splits, **sizes)
+
+
+def launch_options(rows: int, head_dim: int) -> dict[str, int]:
+    """How a kernel with tiles of so many rows is compiled."""
+    return {"num_warps": 8 if rows == _MANY and head_dim > 128 else 4, "num_stages": _STAGES[rows]}
 
 
 def _with_whole_rows(packed: Tensor) -> Tensor:

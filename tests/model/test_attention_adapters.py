@@ -45,7 +45,8 @@ def stand_in_for_varlen(
         assert len(own) <= max_q
         assert num_keys <= max_k
         blocks = table[i, : -(-num_keys // key.shape[1])].long()
-        found.append(causal(own, *(x[blocks].flatten(0, 1)[:num_keys] for x in (key, value)), options["scale"], left))
+        keys, values = (x[blocks].flatten(0, 1)[:num_keys] for x in (key, value))
+        found.append(causal(own, keys, values, options["scale"], left))
     return torch.cat(found)
 
 
@@ -84,8 +85,8 @@ class StandInForFlashInfer:
             pages = self._indices[self._pages[i] : self._pages[i + 1]].long()
             num_keys = (len(pages) - 1) * self._page_size + last
             own = query[self._queries[i] : self._queries[i + 1]]
-            both = (x[pages].flatten(0, 1)[:num_keys] for x in (keys, values))
-            found.append(causal(own, *both, self._options["sm_scale"], self._options["window_left"]))
+            seen_keys, seen_values = (x[pages].flatten(0, 1)[:num_keys] for x in (keys, values))
+            found.append(causal(own, seen_keys, seen_values, self._options["sm_scale"], self._options["window_left"]))
         return torch.cat(found)
 
 
@@ -95,7 +96,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Att
     if request.param == "varlen":
         monkeypatch.setattr("engine.model.varlen_attention._varlen_attn", lambda: stand_in_for_varlen)
         return VarlenAttention()
-    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=StandInForFlashInfer))  # type: ignore[arg-type]  # has all that is asked of it
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=StandInForFlashInfer))
     monkeypatch.setattr("engine.model.flashinfer_attention._WORKSPACE_BYTES", 1)
     return FlashInferAttention()
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model import attention_choice
-from engine.model.attention import GATHER, Attention, AttentionKind, AttentionShape, LayerAttention, PagedContext, Segment
+from engine.model.attention import GATHER, Attention, AttentionKind, AttentionShape, GatherAttention, LayerAttention, PagedContext, Segment
 from engine.model.attention_choice import KINDS, choose_attention, measured, mistake_of
 from engine.model.flashinfer_attention import FlashInferAttention
+from engine.model.paged import PagedModel
+from engine.model.stack import DecoderStack
 from engine.model.triton_attention import TritonAttention
 from engine.model.varlen_attention import VarlenAttention
+from tests.tiny import ARCHITECTURES, target_model
 
 CPU = AttentionShape(4, 2, 16, (None, 5), torch.float32, torch.device("cpu"))
 
@@ -113,6 +118,32 @@ def test_on_a_gpu_it_is_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatc
     assert choose_attention("auto", gpu, 16, said.append, (GATHER, wrong), lambda kind, *_: times[kind.name]) is GATHER
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_stack_asks_once_and_its_passes_use_what_was_chosen(architecture: str) -> None:
+    own, asked, calls = target_model(architecture=architecture), [], []
+
+    class Counted(GatherAttention):
+        def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> Attention:
+            calls.append(block_size)
+            return super().over(cache, block_size, shape)
+
+    def choose(shape: AttentionShape) -> AttentionKind:
+        asked.append(shape)
+        return Counted()
+
+    stack = DecoderStack(copy.deepcopy(own), choose_attention=choose)
+    head_dim = own.model.layers[0].self_attn.head_dim
+    assert asked == [AttentionShape(4, 2, head_dim, stack.windows, torch.float64, CPU.device)]
+    assert calls == [16], "at the load"
+    PagedModel(stack, 8, 4)
+    assert calls == [16, 4]
+
+
+def test_a_model_whose_attention_is_wrong_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="two packed sequences get other logits"):
+        DecoderStack(copy.deepcopy(target_model()), choose_attention=lambda _: _Fake(error=1.0))
+
+
 def test_time_is_measured() -> None:
     assert all(0 < seconds < 5 for seconds in measured(GATHER, CPU, 16))
 
@@ -132,7 +163,9 @@ def test_what_triton_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.model.triton_attention.find_spec", lambda name: None)
     assert triton.lacks(gpu) == "Triton is not installed here; torch's builds for CUDA bring it"
     monkeypatch.setattr("engine.model.triton_attention.find_spec", lambda name: True)
+    monkeypatch.setattr("engine.model.triton_attention._kernels", lambda: SimpleNamespace(IS_INTERPRETED=False))
     assert triton.lacks(gpu) is None
+    assert triton.lacks(CPU) == "it runs on a CUDA device; on a CPU only step by step, with TRITON_INTERPRET=1, for tests"
     assert triton.lacks(replace(gpu, dtype=torch.float64)) == "its kernels do not compute in float64"
     assert triton.lacks(replace(gpu, head_dim=320)) == "its kernels hold heads of 256 dimensions at most, and these have 320"
     assert triton.lacks(replace(gpu, num_heads=130)) == "its kernels hold 64 query heads a key-value head at most"

