@@ -32,7 +32,7 @@ from engine.threads import set_defaults
 from server.cli import one_line_errors
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_bars import GpuSetting
+    from benchmarks.gpu_setting import GpuSetting
     from benchmarks.measuring import Measured
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -249,8 +249,8 @@ def gpu(
         names = bar or list(BARS)
         if unknown := [name for name in names if name not in BARS]:
             raise BenchmarkError(f"--bar {unknown[0]}: there is none of that name; there are {', '.join(BARS)}.")
-        from benchmarks.gpu_bars import GpuSetting  # torch and transformers take seconds
         from benchmarks.gpu_models import SHAPES, Models
+        from benchmarks.gpu_setting import GpuSetting  # torch and transformers take seconds
         from engine.model.loader import resolve_device
 
         if shape not in SHAPES:

@@ -6,20 +6,14 @@ A rate is compared with what this very device does in the turn beside it; two en
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
-from benchmarks.errors import BenchmarkError
-from benchmarks.gpu_models import Asked, Ids, Models, Shape, member, pass_operations, program_of, read_bytes
+from benchmarks.gpu_models import Asked, Ids, member, pass_operations, program_of, read_bytes
 from benchmarks.gpu_rates import busy_seconds, copy_rate, matrix_rate, wait_for
+from benchmarks.gpu_setting import GpuSetting, decoding
 from benchmarks.measuring import (
     EXACT,
     NO_DRAFTER,
@@ -36,14 +30,13 @@ from benchmarks.measuring import (
 from benchmarks.pair_bars import Watch
 from benchmarks.passes import computed, window_milliseconds
 from benchmarks.programs import EngineProgram, Run, TransformersProgram, engine_program, variant
-from benchmarks.turns import Rows, Sides, Turns, compare, in_turns
-from engine.build import Costs, Member
+from benchmarks.turns import Rows, Sides, compare, in_turns
+from engine.build import Costs
 from engine.config import AdaptiveLengthConfig, FixedLengthConfig, Quantization
 from engine.errors import ConfigError, SourceError
 from engine.model.linear import choose
 from engine.model.paged import kv_bytes_per_token
 from engine.model.timing import measure
-from engine.request import Request, SamplingParams
 from server.settings import load as load_deployment
 
 NUM_DRAFT = 5
@@ -51,92 +44,13 @@ FIXED = FixedLengthConfig(max=NUM_DRAFT)
 ADAPTIVE = AdaptiveLengthConfig()
 
 
-@dataclass(frozen=True)
-class GpuSetting:
-    """With what, and how thoroughly."""
-
-    models: Models
-    config: Path  # the deployment of the bar of real text
-    repetitions: int
-    seconds: float  # of a bar's turns
-    tick: Callable[[], None] = lambda: None
-
-    @property
-    def shape(self) -> Shape:
-        return self.models.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.models.device
-
-    def turns(self, num_prompts: int) -> Turns:
-        return Turns(num_prompts, self.repetitions, self.tick, self.seconds)
-
-    @property
-    def num_turns(self) -> int:
-        return self.shape.prompts * self.repetitions
-
-    def program(self, asked: Asked, drafter: Member | None = None) -> EngineProgram:
-        return program_of(self.shape, asked, self.models.pair.target, drafter)
-
-    def prompts(self, num: int, num_tokens: int) -> list[Ids]:
-        return [self.models.prompts.new(num_tokens) for _ in range(num)]
-
-
 # ---------------------------------------------------------------------- a batch that decodes
-class Decoding:
-    """A batch whose prompts are computed, stepped a few steps at a time."""
-
-    def __init__(self, program: EngineProgram, prompts: Sequence[Ids], num_tokens: int):
-        self._core = program.core
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
-        self._requests = [Request(id=program.new_id(), prompt_ids=ids, sampling=sampling) for ids in prompts]
-        for request in self._requests:
-            self._core.add(request)
-        begun = set[str]()
-        while len(begun) < len(self._requests):
-            begun |= {delta.request_id for delta in self._core.step().deltas}
-
-    @property
-    def num_context(self) -> int:
-        """Tokens of all sequences together."""
-        return sum(len(seq.tokens) for seq in self._core._parts.scheduler.running)
-
-    def seconds(self, num_steps: int) -> float:
-        """Of a step, over so many."""
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            self._core.step()
-        if len(self._core._parts.scheduler.running) < len(self._requests):
-            raise BenchmarkError("A sequence ended while its steps were timed.")
-        return (time.perf_counter() - start) / num_steps
-
-    def close(self) -> None:
-        for request in self._requests:
-            self._core.abort(request.id, 0)
-
-
-@contextmanager
-def _decoding(setting: GpuSetting, num_streams: int, context: int, steps_a_turn: int) -> Iterator[Decoding]:
-    """No drafts. The batch has room for all turns of a bar, and has made a few steps."""
-    shape = setting.shape
-    meanwhile = num_streams * context // shape.chunk + 2  # tokens of the first while the last still computes its prompt
-    num_tokens = steps_a_turn * setting.num_turns + 2 * shape.steps + meanwhile
-    program = setting.program(Asked(num_streams, context + num_tokens))
-    batch = Decoding(program, setting.prompts(num_streams, context), num_tokens)
-    batch.seconds(2 * shape.steps)
-    try:
-        yield batch
-    finally:
-        batch.close()
-
-
 def decode(setting: GpuSetting, num_streams: int, context: int) -> Measured:
     """Bytes of weights and KV that a step reads over its time, as a share of the bytes that the device copies a second."""
     shape, pair = setting.shape, setting.models.pair
     weights, per_token = read_bytes(pair.model), kv_bytes_per_token(pair.target.stack)
     step_bytes = list[float]()
-    with _decoding(setting, num_streams, context, shape.steps) as batch:
+    with decoding(setting, num_streams, context, shape.steps) as batch:
 
         def ours(_: int) -> float:
             before = batch.num_context
@@ -158,7 +72,7 @@ def decode(setting: GpuSetting, num_streams: int, context: int) -> Measured:
 def idle(setting: GpuSetting, num_streams: int) -> Measured:
     """The share of a step's time in which no kernel runs: kernels by the profiler, time without it."""
     shape, counts = setting.shape, list[int]()
-    with _decoding(setting, num_streams, shape.prompt, 2 * shape.steps) as batch:
+    with decoding(setting, num_streams, shape.prompt, 2 * shape.steps) as batch:
 
         def busy(_: int) -> float:
             seconds, num = busy_seconds(setting.device, lambda: batch.seconds(shape.steps))

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from benchmarks import gpu, gpu_bars
 from benchmarks.errors import BenchmarkError
 from benchmarks.gpu import BARS, app
-from benchmarks.gpu_bars import GPU_MEASURES, Decoding, GpuSetting
+from benchmarks.gpu_bars import GPU_MEASURES
 from benchmarks.gpu_models import FULL, TINY, AgreeingPair, Asked, Models, bisect, first_layers, pass_operations, random_model, read_bytes
 from benchmarks.gpu_rates import busy_seconds, copy_rate, covered, matrix_rate
+from benchmarks.gpu_setting import Decoding, GpuSetting
 from benchmarks.measuring import BarSkipped, Measured
 from benchmarks.programs import Run
 from benchmarks.stats import Estimate

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.draft.length import HeuristicLength
 from engine.kv.block_pool import BlockPool
 from engine.plan import StepPlan, Verdict
-from engine.request import Choice, Request, SamplingParams, SpeculationParams
+from engine.request import Choice, FinishReason, Request, SamplingParams, SpeculationParams
 from engine.sched.scheduler import Limits, Scheduler
 from engine.sequence import Sequence
 from tests.unit.factories import make_drafts, make_scores, make_sequence
@@ -135,6 +135,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         ends = [c.seq.num_computed + c.num_tokens for c in plan.chunks]
         marks = [data.draw(st.integers(c.seq.drafter_computed, end)) for c, end in zip(plan.chunks, ends, strict=True)]
         self._commit(data, plan, lengths, marks)
+
+    @rule()
+    def run_out_of_memory(self) -> None:
+        """A plan that is not run: everybody stays, and the next one is smaller, until an answer cannot be run alone."""
+        plan = self.scheduler.schedule()
+        if not plan.chunks:
+            return
+        num_planned = sum(c.num_tokens + c.max_draft for c in plan.chunks)
+        if self.scheduler.take_back(plan):
+            assert self.scheduler.max_step_tokens <= max(1, num_planned // 2)
+            return
+        assert num_planned == 1
+        delta = self.scheduler.give_up(plan.chunks[0].seq)
+        assert (delta.token_ids, delta.finish_reason) == ((), FinishReason.MEMORY)
+        del self.limit[delta.request_id, delta.choice]
 
     def _check_order(self, before: list[Sequence]) -> None:
         """Who stayed is in front of whoever was preempted, in the order of before; who came in stands behind its equals."""
