@@ -18,6 +18,7 @@ from engine.client import Health
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineError, EngineRestarting
 from engine.incarnation import Incarnation
+from engine.logs import format_in_use
 from engine.request import Request
 from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.streams import DeltaStream, OpenRequests
@@ -198,6 +199,7 @@ class ProcessClient:
             factory=self._factory,
             heartbeat_seconds=self._supervision.heartbeat_seconds,
             log_level=logging.getLogger().getEffectiveLevel(),
+            log_format=format_in_use(),
         )
 
     def _serve(self, child: Incarnation, info: EngineInfo) -> None:
