@@ -122,7 +122,6 @@ def _outlive_nobody() -> None:
     os._exit(0)
 
 
-
 def _named(factory: str) -> Factory:
     module, _, function = factory.partition(":")
     made: Factory = getattr(importlib.import_module(module), function)

@@ -48,7 +48,7 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object: time (UTC), level, process, logger, message, and whatever else there is. ASCII alone, so that no reader splits it."""
+    """One JSON object: time (UTC), level, process, logger, message, and what else there is. ASCII alone, so that no reader splits it."""
 
     def __init__(self, process: str):
         super().__init__()

@@ -19,8 +19,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from engine.errors import EngineError
 from engine import logs
+from engine.errors import EngineError
 from engine.threads import set_defaults
 from server.fit import DIGEST
 from server.listener import bind

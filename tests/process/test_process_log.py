@@ -67,7 +67,10 @@ def test_every_line_of_both_processes_is_json() -> None:
     assert stopped["message"] == "The engine stopped at an internal error"
     assert stopped["exception"].endswith("RuntimeError: boom")
     requests = [line for line in lines if line["logger"] == "server.requests"]
-    assert [(line["status"], line["code"], line.get("request_id")) for line in requests] == [(200, None, "r-1"), (500, "engine_dead", "r-1")]
+    assert [(line["status"], line["code"], line.get("request_id")) for line in requests] == [
+        (200, None, "r-1"),
+        (500, "engine_dead", "r-1"),
+    ]
     said = [line["message"] for line in lines if line["logger"] == "cascade"]
     assert said[0] == "Loading the fake"
     assert any(text.startswith("Loaded ") for text in said)

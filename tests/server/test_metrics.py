@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.request import FinishReason, Round, TokenDelta
+from engine.request import Round, TokenDelta
 from server.catalogue import CATALOGUE, VLLM_NAMES
 from server.metrics import Metrics
 from server.record import ChoiceRecord, Objectives

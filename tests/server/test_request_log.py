@@ -19,8 +19,9 @@ from engine.logs import ConsoleFormatter, JsonFormatter
 from engine.request import FinishReason, Round
 from server.launch import _uvicorn_config
 from server.logs import AboutRequests
-from tests.fakes import Part
+from tests.fakes import FakeEngine, Part
 from tests.server.conftest import Served, make_deployment, serve_socket, until
+from tests.server.test_proxies import launched
 
 ROUNDS = [Part((40,)), Part((40, 41, 42), Round(4, 2, 0b100, 0b1)), Part((40,), Round(2, 0, 0b1, 0))]
 NUMBERS = {"total_ms", "ttft_ms", "queue_ms"}
@@ -188,16 +189,18 @@ async def test_an_engine_that_dies_is_one_line(over_socket: Served, log: Log, st
 
 
 async def test_an_error_that_nobody_foresaw_is_its_line_and_a_traceback_in_one(
-    over_socket: Served, log: Log, monkeypatch: pytest.MonkeyPatch
+    folder: Path, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(over_socket.engine, "submit", lambda request: 1 / 0)
-    logging.getLogger("uvicorn.error").setLevel(logging.INFO)
-    assert (await over_socket.complete()).status_code == 500
-    await until(lambda: len(log.lines) == 2)
+    """By the server as it is launched, since uvicorn writes the traceback."""
+    monkeypatch.setattr(FakeEngine, "submit", lambda self, request: 1 / 0)
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)  # not, where another test ran a uvicorn of its own
+    async with launched(folder) as (url, _), httpx.AsyncClient(headers={"x-request-id": "r-1"}) as http:
+        assert (await http.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "my secret"})).status_code == 500
     request, trace = log.lines
-    assert (request["code"], request["status"]) == ("internal_error", 500)
-    assert trace["request_id"] == "r-1"
+    assert (request["code"], request["status"], request["level"]) == ("internal_error", 500, "warning")
+    assert (trace["logger"], trace["request_id"]) == ("uvicorn.error", "r-1")
     assert trace["exception"].endswith("ZeroDivisionError: division by zero")
+    assert "secret" not in log.text
 
 
 async def test_a_client_that_leaves_is_one_line(over_socket: Served, log: Log) -> None:

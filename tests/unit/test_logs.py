@@ -75,7 +75,18 @@ def test_a_traceback_is_a_text_in_the_line() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, -math.inf, b"\xff", {1: {2, 3}}, Stubborn(), {Stubborn(): 1}, holding_itself(), "\x00\n\x85\u2029\udfff", 10**5000],
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        b"\xff",
+        {1: {2, 3}},
+        Stubborn(),
+        {Stubborn(): 1},
+        holding_itself(),
+        "\x00\n\x85\u2029\udfff",
+        10**5000,
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_json_line_is_json_whatever_is_in_it(value: Any) -> None:
@@ -104,9 +115,7 @@ def test_a_console_line_is_for_people() -> None:
     fields = {"status": 200, "path": "/v1/models", "said": "a b", "rate": 0.25, "none": None, "all": ["x", 1], "on": True, "empty": ""}
     line = ConsoleFormatter("engine: ").format(record(extra={"request_id": "r-1", "fields": fields}))
     _, _, rest = line.split(" ", 2)
-    assert rest == (
-        "WARNING engine: some.where: [r-1] hello status=200 path=/v1/models said=\"a b\" rate=0.25 all=[\"x\", 1] on=true empty=\"\""
-    )
+    assert rest == ('WARNING engine: some.where: [r-1] hello status=200 path=/v1/models said="a b" rate=0.25 all=["x", 1] on=true empty=""')
 
 
 def test_nobody_writes_a_line_of_the_console_log_but_us() -> None:
