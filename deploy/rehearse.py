@@ -190,7 +190,8 @@ def check_serving(rehearsal: Rehearsal) -> None:
             time.sleep(2)
         say(f"healthy after {time.monotonic() - begin:.0f} s; it runs as the user {Path(f'/proc/{process.pid}').stat().st_uid}")
         say(f"it answers: {ask(port)!r}")
-        say(f"it needed {memory.peak_megabytes} MiB of memory at most, conversion included")
+        held = kilobytes_of(process.pid) >> 10
+        say(f"it holds {held} MiB of memory, and needed {memory.peak_megabytes} MiB at most, conversion included")
         process.send_signal(signal.SIGTERM)
         if code := process.wait(60):
             raise RehearsalFailed(f"SIGTERM ended it with {code}.")
