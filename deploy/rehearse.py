@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -182,14 +183,15 @@ def check_serving(rehearsal: Rehearsal) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     begin = time.monotonic()
-    with started(rehearsal, port) as process:
+    with started(rehearsal, port) as process, Memory(process.pid) as memory:
         while rehearsal.run(rehearsal.health, CASCADE_PORT=str(port)).returncode:
             if process.poll() is not None or time.monotonic() > begin + 300:
                 raise RehearsalFailed("The server did not become healthy.")
             time.sleep(2)
         say(f"healthy after {time.monotonic() - begin:.0f} s; it runs as the user {Path(f'/proc/{process.pid}').stat().st_uid}")
         say(f"it answers: {ask(port)!r}")
-        say(f"it needed {peak_megabytes(process.pid)} MiB of memory at most")
+        held = kilobytes_of(process.pid) >> 10
+        say(f"it holds {held} MiB of memory, and needed {memory.peak_megabytes} MiB at most, conversion included")
         process.send_signal(signal.SIGTERM)
         if code := process.wait(60):
             raise RehearsalFailed(f"SIGTERM ended it with {code}.")
@@ -205,12 +207,41 @@ def ask(port: int) -> str:
     return text
 
 
-def peak_megabytes(process: int) -> int:
-    """The most memory that a process and its children had, added up."""
-    status = Path(f"/proc/{process}/status").read_text("ascii")
-    children = Path(f"/proc/{process}/task/{process}/children").read_text("ascii").split()
-    own = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return (int(own[1]) >> 10 if own else 0) + sum(peak_megabytes(int(child)) for child in children)
+class Memory:
+    """The most that a process and all that it started have held together since this was entered, looked at ten times a second."""
+
+    def __init__(self, process: int):
+        self._process = process
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._peak = 0
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    @property
+    def peak_megabytes(self) -> int:
+        return self._peak >> 10
+
+    def _look(self) -> None:
+        while not self._is_over.wait(0.1):
+            self._peak = max(self._peak, kilobytes_of(self._process))
+
+
+def kilobytes_of(process: int) -> int:
+    """The memory of a process and of its children, pages that two of them share counted in parts."""
+    try:
+        rollup = Path(f"/proc/{process}/smaps_rollup").read_text("ascii")
+        of_threads = [path.read_text("ascii") for path in Path(f"/proc/{process}/task").glob("*/children")]
+    except OSError:  # it has just ended
+        return 0
+    own = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
+    return (int(own[1]) if own else 0) + sum(kilobytes_of(int(child)) for children in of_threads for child in children.split())
 
 
 def check_written(rehearsal: Rehearsal, since: float) -> None:

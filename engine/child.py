@@ -23,12 +23,12 @@ import zmq
 from engine.client import Steppable
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineError
+from engine.logs import adopt_libraries, set_up
 from engine.wire import Abort, Add, Command, Failed, Heartbeat, Hello, Loaded, Progress, Report, Start, Stepped, decode_command, encode
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("engine.child")  # this module runs as __main__
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-CHATTY = ("httpx", "httpcore", "filelock")
 
 Factory = Callable[[EngineConfig, Callable[[str], None]], Steppable]
 
@@ -56,8 +56,9 @@ def main(endpoint: str, incarnation: str) -> NoReturn:
 def _serve(line: _Line) -> NoReturn:
     start = line.receive_one()
     assert isinstance(start, Start), start
-    _set_up_logging(start.log_level)
+    set_up(start.log_level, start.log_format, "engine")
     factory: Factory = _named(start.factory)
+    adopt_libraries()
     core = factory(EngineConfig.model_validate_json(start.config), line.say)
     line.send(Loaded(incarnation=line.incarnation, info=msgspec.structs.replace(core.info, incarnation=line.incarnation)))
     while True:
@@ -119,12 +120,6 @@ def _die_with_parent() -> None:
 def _outlive_nobody() -> None:
     os.read(0, 1)  # nothing is ever written
     os._exit(0)
-
-
-def _set_up_logging(level: int) -> None:
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s engine: %(name)s: %(message)s")
-    for chatty in CHATTY:
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _named(factory: str) -> Factory:

@@ -66,16 +66,27 @@ class Incarnation:
         """Queue a frame for the process. Never waits; what a process that is gone has not read is lost with it."""
         self._line.socket.send(encode(command))
 
-    async def receive(self) -> Report:
-        """The next frame of this incarnation."""
-        while True:
-            frame = decode_report(await self._line.socket.recv())
-            if frame.incarnation != self.id:
-                continue
-            if isinstance(frame, Hello):
-                self._line.directory.cleanup()  # a connection needs no name, and nothing is left behind if we are killed
-            self.num_frames += 1
-            return frame
+    async def receive(self, most: int) -> list[Report]:
+        """Wait for a frame of this incarnation. With it come those that are there already, in their order and `most` in all."""
+        frames: list[Report] = []
+        while not frames:
+            frames += self._ours(await self._line.socket.recv())
+        while len(frames) < most:
+            try:
+                frames += self._ours(await self._line.socket.recv(zmq.DONTWAIT))
+            except zmq.Again:
+                break
+        return frames
+
+    def _ours(self, raw: bytes) -> list[Report]:
+        """The frame, unless it is of another incarnation."""
+        frame = decode_report(raw)
+        if frame.incarnation != self.id:
+            return []
+        if isinstance(frame, Hello):
+            self._line.directory.cleanup()  # a connection needs no name, and nothing is left behind if we are killed
+        self.num_frames += 1
+        return [frame]
 
     async def exited(self) -> str:
         """Wait for the process to end by itself, and for its last frames to arrive. Says how, as in "ended with exit status 1"."""

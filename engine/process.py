@@ -11,14 +11,16 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 from engine.client import Health
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineError, EngineRestarting
 from engine.incarnation import Incarnation
-from engine.request import Request
+from engine.logs import format_in_use
+from engine.request import Request, TokenDelta
 from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.streams import DeltaStream, OpenRequests
 from engine.supervision import RestartBudget, Supervision, Suspects
@@ -27,6 +29,8 @@ from engine.wire import Abort, Add, Failed, Heartbeat, Hello, Loaded, Progress, 
 _log = logging.getLogger(__name__)
 
 FACTORY = "engine.build:build"
+FRAMES_AT_ONCE = 8  # a frame that is there already is received without letting anybody else run
+REQUESTS_AT_ONCE = 8
 
 
 class ProcessClient:
@@ -159,21 +163,28 @@ class ProcessClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, child: Incarnation) -> EngineError:
+        """Take frames until one says that the engine failed."""
         while True:
-            match await child.receive():
-                case Stepped(output=output):
-                    self._leaving.clear()
-                    self._deliver(output)
-                case Heartbeat():
-                    self._leaving.clear()
-                case Hello():
-                    child.send(self._start_frame(child))
-                case Progress(text=text):
-                    self._progress(text)
-                case Loaded(info=info):
-                    self._serve(child, info)
-                case Failed() as failed:
-                    return failed.error()
+            outputs: list[StepOutput] = []
+            failure: EngineError | None = None
+            for frame in await child.receive(FRAMES_AT_ONCE):
+                match frame:
+                    case Stepped(output=output):
+                        self._leaving.clear()
+                        outputs.append(output)
+                    case Heartbeat():
+                        self._leaving.clear()
+                    case Hello():
+                        child.send(self._start_frame(child))
+                    case Progress(text=text):
+                        self._progress(text)
+                    case Loaded(info=info):
+                        self._serve(child, info)
+                    case Failed():
+                        failure = frame.error()
+            await self._deliver(outputs)
+            if failure is not None:
+                return failure
 
     async def _watch(self, child: Incarnation) -> EngineError:
         """A loaded engine that is silent for too long is killed. A tick counts once, even if we ourselves were held up for longer."""
@@ -198,6 +209,7 @@ class ProcessClient:
             factory=self._factory,
             heartbeat_seconds=self._supervision.heartbeat_seconds,
             log_level=logging.getLogger().getEffectiveLevel(),
+            log_format=format_in_use(),
         )
 
     def _serve(self, child: Incarnation, info: EngineInfo) -> None:
@@ -209,12 +221,21 @@ class ProcessClient:
         else:
             _log.warning("The engine is back; it took %.1f s to load", child.seconds)
 
-    def _deliver(self, output: StepOutput) -> None:
-        self._longest_step = max(self._longest_step, output.stats.step_seconds)
-        for request in self._requests.deliver(output.deltas):
-            self._suspects.acquit(request)
-        for callback in self._step_callbacks:
-            callback(output.stats)
+    async def _deliver(self, outputs: Sequence[StepOutput]) -> None:
+        """Hand out what steps have made, to a few requests at a time: an engine that is faster than its clients are served must not keep
+        everybody else from running."""
+        for output in outputs:  # first: who reads an answer's end finds its last step counted
+            self._longest_step = max(self._longest_step, output.stats.step_seconds)
+            for callback in self._step_callbacks:
+                callback(output.stats)
+        by_request: dict[str, list[TokenDelta]] = {}
+        for delta in chain.from_iterable(output.deltas for output in outputs):
+            by_request.setdefault(delta.request_id, []).append(delta)
+        waiting = list(by_request.values())
+        for begin in range(0, len(waiting), REQUESTS_AT_ONCE):
+            for request in self._requests.deliver(chain.from_iterable(waiting[begin : begin + REQUESTS_AT_ONCE])):
+                self._suspects.acquit(request)
+            await asyncio.sleep(0)
 
     def _lose(self, loss: EngineError) -> float | None:
         """Fail what is open, and decide when there will be another incarnation. Raises the loss if none was ever loaded."""

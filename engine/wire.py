@@ -13,6 +13,7 @@ import msgspec
 
 from engine import errors
 from engine.errors import EngineDead, EngineError
+from engine.logs import LogFormat
 from engine.request import Request
 from engine.stats import EngineInfo, StepOutput
 
@@ -31,6 +32,7 @@ class Start(Frame, frozen=True, tag=True):
     factory: str  # "module:function" that makes the core of a config and a progress callback
     heartbeat_seconds: float  # an idle engine says so this often
     log_level: int
+    log_format: LogFormat
 
 
 class Add(Frame, frozen=True, tag=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import time
 import uuid
@@ -37,7 +36,6 @@ from server.text import TextTokenizer
 from server.traces import NoTraces, Traces
 
 TokenizerLoader = Callable[[str], TextTokenizer]
-_log = logging.getLogger(__name__)
 
 
 def create_app(
@@ -96,7 +94,7 @@ def _guard(app: FastAPI, settings: ServerSettings) -> None:
             expose_headers=("x-request-id", "x-cascade-ignored", "retry-after"),
         )
     app.add_middleware(app.state.traces.middleware)
-    app.add_middleware(RequestId)  # around the others: refusals have an id, too
+    app.add_middleware(LoggedRequests)  # around the others: refusals have an id, too
     if settings.root_path:
         app.add_middleware(RootPath, prefix=settings.root_path)
 
@@ -104,7 +102,7 @@ def _guard(app: FastAPI, settings: ServerSettings) -> None:
 def _noting(metrics: Metrics) -> errors.Refused:
     def refused(status: int, code: str) -> None:
         metrics.refused(status, code)
-        _log.info("Answered with the error %d %s", status, code)
+        logs.note_error(code)
 
     return refused
 
@@ -190,8 +188,8 @@ def _traces(deployment: Deployment, version: str) -> Traces:
     return OtlpTraces(endpoint, version)
 
 
-class RequestId:
-    """Middleware: every response has the x-request-id that the client sent, or one of its own, and so has every line of the log.
+class LoggedRequests:
+    """Middleware: every response has the x-request-id that the client sent, or one of its own, and every request its line in the log.
 
     It is the first to see a request, and notes in its scope when it came.
     """
@@ -206,16 +204,19 @@ class RequestId:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if self._FIT.fullmatch(given) else uuid.uuid4().hex
-        logs.request_id.set(request_id)
+        line = logs.begin(given if self._FIT.fullmatch(given) else uuid.uuid4().hex)
         scope["arrived_at"] = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                line.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = line.request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            line.write(scope)
 
 
 def _version() -> str:

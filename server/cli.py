@@ -19,12 +19,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from engine import logs
 from engine.errors import EngineError
 from engine.threads import set_defaults
 from server.fit import DIGEST
 from server.listener import bind
-from server.logs import FORMAT, AboutRequests
-from server.settings import Deployment, load
+from server.logs import AboutRequests
+from server.settings import ServerSettings, load
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="Deployment file, such as configs/default.yaml.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error came from.")]
@@ -69,10 +70,11 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Load a deployment and serve it until SIGTERM or Ctrl-C."""
+    _set_up_first_logging()
     with one_line_errors(debug):
         deployment = load(config, host=host, port=port)
-        _set_up_logging(deployment)
-        say = progress_to(Console(stderr=True))
+        _set_up_logging(deployment.server)
+        say = logs.say if deployment.server.log_format == "json" else progress_to(Console(stderr=True))
         say(f"Cascade Serve {version('cascade-serve')}: loading {config}")
         listener = bind(deployment.server)
         from server.launch import run  # the web framework takes a second
@@ -89,7 +91,7 @@ def check(
     """Print what a deployment would serve and the memory it needs."""
     with one_line_errors(debug):
         deployment = load(config)
-        _set_up_logging(deployment)
+        _set_up_logging(deployment.server)
         from server.report import doubt_of, estimated_figures, loaded_figures, table_of  # torch and transformers take seconds
 
         part = deployment.engine_part
@@ -183,13 +185,17 @@ def one_line_errors(is_debugging: bool) -> Iterator[None]:
     except EngineError as error:
         if is_debugging:
             raise
-        Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        if logs.format_in_use() == "json":
+            logging.getLogger(logs.SAID).error("%s", error)
+        else:
+            Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
 
-def _set_up_logging(deployment: Deployment) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(AboutRequests())
-    logging.basicConfig(level=deployment.server.log_level.upper(), handlers=[handler], format=FORMAT)
-    for chatty in ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "asyncio"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+def _set_up_logging(settings: ServerSettings) -> None:
+    logs.set_up(settings.log_level.upper(), settings.log_format, filters=[AboutRequests()])
+
+
+def _set_up_first_logging() -> None:
+    """For what is said of the deployment file itself: as the environment says, which a program that collects lines will have set."""
+    logs.set_up("INFO", "json" if os.environ.get("CASCADE_LOG_FORMAT") == "json" else "console")

@@ -6,9 +6,8 @@ A Generation is a context: leaving it, however that comes about, aborts what has
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -16,14 +15,13 @@ from types import TracebackType
 from engine.client import Stream
 from engine.errors import EngineDead, InvalidRequest, MemoryExhausted, ServerError
 from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
+from server import logs
 from server.deps import Serving
 from server.detokenize import StopScanner, StopStrings
 from server.errors import RequestTimeout
 from server.reading import CallPiece, Reading
 from server.record import UNDRAFTED, ChoiceRecord, RequestRecord, TokenRole, role_of
 from server.text import TextTokenizer
-
-_log = logging.getLogger(__name__)
 
 TOOL_CALLS = "tool_calls"  # an answer's finish reason where it ended so that its calls are carried out; no engine knows of it
 
@@ -147,7 +145,8 @@ class Generation:
         self._trace = self._serving.traces.current()
         self._metrics = self._serving.metrics.request(self._job.preset, self.record.rule)  # not before: what is refused has no series
         stops = StopStrings(self._job.stops, self._job.shows_stop)
-        self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job) for record in self.record.choices]
+        is_kept = self._serving.deployment.server.log_prompts
+        self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job, is_kept) for record in self.record.choices]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -158,23 +157,9 @@ class Generation:
         reasons = [answer.record.finish_reason or early for answer in self._answers]
         for answer, reason in zip(self._answers, reasons, strict=True):
             self._metrics.answer_done(answer.record, reason, self.record.arrived_at, self.record.alpha)
-        seconds = time.monotonic() - self.record.arrived_at
-        self._metrics.request_done(self.record.num_prompt_tokens, seconds)
+        self._metrics.request_done(self.record.num_prompt_tokens, time.monotonic() - self.record.arrived_at)
         self._trace.note(self._job, self.record, reasons)
-        choices = self.record.choices
-        _log.info(
-            "%s %s: %d prompt tokens, %d generated in %.2f s, %s %g, %d of %d drafts stand, %s",
-            self._job.id,
-            self._job.model_id,
-            self.record.num_prompt_tokens,
-            self.record.num_completion_tokens,
-            seconds,
-            self.record.rule,
-            self.record.alpha,
-            sum(choice.num_accepted_tokens for choice in choices),
-            sum(choice.num_draft_tokens for choice in choices),
-            "+".join(sorted(set(reasons))),
-        )
+        logs.note_answer(self._serving.metrics.model, self._job, self.record, reasons, self._texts())
 
     async def __aiter__(self) -> AsyncGenerator[list[TextDelta], None]:
         try:
@@ -193,6 +178,13 @@ class Generation:
         for stream in self._streams:
             for choice in range(self._num_choices):
                 stream.abort(choice)
+
+    def _texts(self) -> Mapping[str, object]:
+        """Prompts, as the model was given them, and answers, as it wrote them, for a log that is to have them."""
+        if not self._serving.deployment.server.log_prompts:
+            return {}
+        prompts = [self._serving.tokenizer.text_of(request.prompt_ids) for request in self._job.requests]
+        return {"prompts": prompts, "answers": ["".join(answer.texts or ()) for answer in self._answers]}
 
     def _start_clock(self) -> None:
         """Cut the job when its time is up. Raises RequestTimeout where it already is."""
@@ -239,7 +231,7 @@ class Generation:
 class _Answer:
     """One choice: its text so far, and its numbers."""
 
-    def __init__(self, tokenizer: TextTokenizer, stops: StopStrings, record: ChoiceRecord, job: Job):
+    def __init__(self, tokenizer: TextTokenizer, stops: StopStrings, record: ChoiceRecord, job: Job, is_kept: bool):
         self._detokenizer = tokenizer.detokenizer(job.reading.literals) if job.reading else tokenizer.detokenizer()
         self._reader = job.reading.reader() if job.reading else None
         self._scanner = StopScanner(stops)
@@ -249,6 +241,7 @@ class _Answer:
         self._keeps_tokens = job.wants_provenance or job.knows_logprobs
         self._text = ""  # since the last delivery, where there is no reader
         self._tokens: list[EmittedToken] = []  # since the last delivery
+        self.texts: list[str] | None = [] if is_kept else None  # all that was said, thinking and calls included
         self.record = record
 
     @property
@@ -272,6 +265,8 @@ class _Answer:
             self.record.finish_reason = FinishReason.STOP.value
         if self._keeps_tokens:
             self._tokens += _tokens(delta, pieces, has_hidden_end)
+        if self.texts is not None:
+            self.texts.append(text)
         self._take_in(text, pieces)
         return self.record.count(delta, len(pieces))
 

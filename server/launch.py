@@ -153,15 +153,14 @@ def _requests(number: int) -> str:
 
 
 def _uvicorn_config(app: object, settings: ServerSettings) -> uvicorn.Config:
-    is_debugging = settings.log_level == "debug"
-    if not is_debugging:
+    if settings.log_level != "debug":
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its start and stop lines repeat ours
     return uvicorn.Config(
         app,  # type: ignore[arg-type]  # any ASGI application
         lifespan="on",
         log_config=None,
         http=bounded(settings.body_timeout_seconds),
-        access_log=is_debugging,
+        access_log=False,  # server/logs.py has a line for each request
         timeout_graceful_shutdown=CLOSING_SECONDS,
         forwarded_allow_ips="*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies),
         ssl_certfile=settings.tls_certificate,

@@ -15,11 +15,12 @@ import platform
 from collections import defaultdict
 from collections.abc import Mapping
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from engine.request import Round
 from engine.stats import StepStats
 from server.catalogue import CATALOGUE, VLLM_NAMES
+from server.exposition import Writer
 from server.record import ChoiceRecord, Objectives, num_verified
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -60,6 +61,7 @@ class Metrics:
         self.book = _Book(has_vllm_names)
         self._requests: dict[tuple[str, str], RequestMetrics] = {}
         self._num_open = 0
+        self._writer = Writer()
         self._last: StepStats | None = None  # of an engine that was not lost since
         self._sums: dict[tuple[str, str], float] = defaultdict(float)  # of counters since the last exposition, by name and label
         self._restarts = self.book.counters["engine_restarts"].labels(model)
@@ -128,7 +130,7 @@ class Metrics:
         self._sums.clear()
         for metrics in self._requests.values():
             metrics.flush()
-        return generate_latest(self.book.registry)
+        return self._writer.write(self.book.registry.collect())
 
     def _set_gauges(self, last: StepStats | None) -> None:
         """As the last step left them. Without requests nothing runs: who leaves last is dropped without a step that would say so."""

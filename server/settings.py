@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from engine.config import EngineConfig, Preset, Section
 from engine.errors import ConfigError
+from engine.logs import LogFormat
 from server import reasoning
 from server.fit import fit_key, fit_origin, fit_proxy, fit_root_path
 from server.tools import formats as tools
@@ -83,6 +84,8 @@ class ServerSettings(Section):
     vllm_metric_names: bool = Field(False, description="/metrics counts drafts under vLLM's names as well")
     otlp_endpoint: str | None = Field(None, min_length=1, description="collector that traces go to, over OTLP/HTTP; none: no traces")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = Field("console", description="of the log: lines for people, or one JSON object a line")
+    log_prompts: bool = Field(False, description="the log has prompts and answers as text")
 
     @property
     def scheme(self) -> str:

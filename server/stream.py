@@ -15,7 +15,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineError
-from server.errors import ClientGone, body_of
+from server import logs
+from server.errors import ClientGone, body_of, entry_of
 
 T = TypeVar("T")
 
@@ -88,6 +89,7 @@ async def _framed(events: AsyncGenerator[str, None]) -> AsyncIterator[ServerSent
         # ends looks like an answer to some clients.
         if not isinstance(error, EngineError):
             logger.exception("A stream was ended by an error that nobody foresaw.")
+        logs.note_error(entry_of(error).code or "invalid_request")
         yield ServerSentEvent(json.dumps(body_of(error)), sep="\n")
     yield ServerSentEvent("[DONE]", sep="\n")
 

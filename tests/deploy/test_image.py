@@ -170,6 +170,23 @@ def test_a_start_that_ends_at_once_is_said(tmp_path: Path) -> None:
         rehearse.check_serving(state)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux says so")
+def test_memory_is_that_of_everything_a_server_started_and_ended_again() -> None:
+    """An engine is started by a thread, and a conversion is over when the server is ready."""
+    child = "held = bytearray(200 << 20); import time; time.sleep(1)"
+    code = f"import subprocess, sys, threading, time\nrun = lambda: subprocess.run([sys.executable, '-c', {child!r}])\n"
+    code += "thread = threading.Thread(target=run)\nthread.start()\nthread.join()\nprint(flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        with rehearse.Memory(process.pid) as memory:
+            assert process.stdout is not None
+            process.stdout.readline()
+        process.kill()
+    assert 200 < memory.peak_megabytes < 300
+    with rehearse.Memory(process.pid) as memory:
+        time.sleep(0.3)
+    assert memory.peak_megabytes == 0, "it is gone"
+
+
 def test_what_is_written_outside_the_cache_is_said(tmp_path: Path) -> None:
     state = rehearse.Rehearsal(tmp_path, Path(sys.executable), {})
     since = time.time() - 5

@@ -116,7 +116,7 @@ async def test_a_frame_of_another_incarnation_is_dropped(monkeypatch: pytest.Mon
         forged = Loaded(incarnation="earlier", info=make_info())
         recv = child._line.socket.recv
         frames = [encode(forged)]
-        monkeypatch.setattr(child._line.socket, "recv", lambda: done(frames.pop()) if frames else recv())
+        monkeypatch.setattr(child._line.socket, "recv", lambda *flags: done(frames.pop()) if frames else recv(*flags))
         await tokens_of(client.submit(make_request(id="next", max_tokens=3)))
         assert not frames
         assert client.info.incarnation == child.id

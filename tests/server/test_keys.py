@@ -142,10 +142,11 @@ def test_what_is_no_origin_is_refused(origin: str) -> None:
 
 # ---------------------------------------------------------------------- the log
 async def test_lines_about_a_request_name_it(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from server.logs import FORMAT, AboutRequests
+    from engine.logs import ConsoleFormatter
+    from server.logs import AboutRequests
 
     caplog.handler.addFilter(AboutRequests())
-    caplog.handler.setFormatter(logging.Formatter(FORMAT))
+    caplog.handler.setFormatter(ConsoleFormatter())
     async with serve(folder, make_deployment(api_keys=("key",))) as served:
         secret = "my secret prompt"
         ok = {"model": "tiny", "prompt": secret, "unknown_field": 1}
@@ -157,8 +158,8 @@ async def test_lines_about_a_request_name_it(folder: Path, caplog: pytest.LogCap
                 lines = caplog.text.splitlines()[before:]
                 assert lines, response.text
                 assert all(f": [{response.headers['x-request-id']}] " in line for line in lines), lines
-    assert "Answered with the error 404 model_not_found" in caplog.text
-    assert "Answered with the error 401 invalid_api_key" in caplog.text
+    assert " status=404 code=model_not_found " in caplog.text
+    assert " status=401 code=invalid_api_key " in caplog.text
     assert "secret" not in caplog.text
 
 

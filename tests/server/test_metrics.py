@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.request import FinishReason, Round, TokenDelta
+from engine.request import Round, TokenDelta
 from server.catalogue import CATALOGUE, VLLM_NAMES
 from server.metrics import Metrics
 from server.record import ChoiceRecord, Objectives
@@ -196,11 +196,3 @@ def test_two_servers_in_one_process_count_apart() -> None:
     one.opened()
     assert values_of(one.exposition(True).decode())["cascade_open_requests"] == {(): 1}
     assert values_of(other.exposition(True).decode())["cascade_open_requests"] == {(): 0}
-
-
-async def test_the_log_line_says_what_became_of_drafts(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="server.generate")
-    served.answer_with(parts=ROUNDS, finish=FinishReason.LENGTH)
-    await served.complete([5, 6, 7])
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.generate"]
-    assert line.endswith(" s, exact 0, 2 of 6 drafts stand, length")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import socket
 import sys
 import time
@@ -32,12 +31,11 @@ async def connect(served: Served) -> tuple[asyncio.StreamReader, asyncio.StreamW
 
 # ---------------------------------------------------------------------- answers
 @pytest.mark.parametrize("socket_too", [False, True])
-async def test_an_answer_that_takes_too_long_is_a_408(folder: Path, socket_too: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_answer_that_takes_too_long_is_a_408(folder: Path, socket_too: bool) -> None:
     async with (serve_socket if socket_too else serve)(folder, make_deployment(request_timeout_seconds=0.2)) as served:
         served.answer_with(endless=True, delay=0.01)
         begin = time.monotonic()
-        with caplog.at_level(logging.INFO, "server"):
-            response = await served.complete(["hello", "world"], n=2)
+        response = await served.complete(["hello", "world"], n=2)
         assert 0.2 <= time.monotonic() - begin < 2
         error = error_of(response, 408)
         assert (error["code"], error["type"], error["param"]) == ("request_timeout", "server_error", None)
@@ -45,8 +43,6 @@ async def test_an_answer_that_takes_too_long_is_a_408(folder: Path, socket_too: 
         assert response.headers["x-should-retry"] == "false"
         assert not served.engine.streams
         assert len(served.engine.aborted) == 4, "the engine works at it no more"
-        assert ", timeout" in caplog.text
-        assert "Answered with the error 408 request_timeout" in caplog.text
         metrics = (await served.http.get("/metrics")).text
         assert 'cascade_requests_total{finish_reason="timeout",model="tiny",preset=""} 4.0' in metrics
         assert 'cascade_refusals_total{code="request_timeout",status="408"} 1.0' in metrics
