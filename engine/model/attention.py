@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.kv.cache import KVCache
-from engine.model.transfer import on_device
+from engine.transfer import to_device
 
 Ints = NDArray[np.int64]
 
@@ -174,8 +174,8 @@ def paged_context(
     positions[: len(slots)] = np.concatenate(runs)
     return GatherContext(
         cache=cache,
-        positions=on_device(positions, store.device),
-        slots=on_device(slots, store.device),
+        positions=to_device(positions, store.device),
+        slots=to_device(slots, store.device),
         groups={window: groups[reached] for window, reached in reach.items()},
     )
 
@@ -222,18 +222,18 @@ def _group(members: list[tuple[int, Segment]], window: int | None, block_size: i
     is_run = len(place) == len(flat) and bool((np.diff(flat) == 1).all())
     return _Group(
         shape=queries.shape,
-        slots=on_device(slots, store.device),
+        slots=to_device(slots, store.device),
         mask=_mask(hidden, store) if hidden.any() else None,
         first=int(flat[0]) if is_run else None,
-        queries=on_device(flat, store.device),
-        places=on_device(place, store.device),
-        rows=on_device(flat[place], store.device),
+        queries=to_device(flat, store.device),
+        places=to_device(place, store.device),
+        rows=to_device(flat[place], store.device),
     )
 
 
 def _mask(hidden: NDArray[np.bool_], store: Tensor) -> Tensor:
     mask = torch.zeros(hidden.shape, dtype=store.dtype, device=store.device)
-    return mask.masked_fill_(on_device(hidden, store.device), -torch.inf)
+    return mask.masked_fill_(to_device(hidden, store.device), -torch.inf)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.kv.cache import KVCache
 from engine.model.attention import AttentionShape, LayerAttention, Segment
 from engine.model.ragged import Ragged
-from engine.model.transfer import on_device
+from engine.transfer import to_device
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (64, 128, 256)
@@ -67,7 +67,7 @@ class _FlashInferPaged:
         ragged = Ragged.of(segments, self.block_size)
         positions, slots = ragged.places(num_rows)
         device = self.shape.device
-        return _FlashInferContext(self, ragged, on_device(positions, device), on_device(slots[: ragged.num_tokens], device))
+        return _FlashInferContext(self, ragged, to_device(positions, device), to_device(slots[: ragged.num_tokens], device))
 
     def planned(self, asked: _Asked, ragged: Ragged) -> Any:
         """A wrapper that knows this pass."""
@@ -81,7 +81,7 @@ class _FlashInferPaged:
         wrapper.plan(
             _int32(ragged.offsets),
             _int32(np.concatenate(([0], np.cumsum(num_blocks)))),
-            on_device(indices.astype(np.int32), self.shape.device),
+            to_device(indices.astype(np.int32), self.shape.device),
             _int32(ragged.ends - (num_blocks - 1) * self.block_size),  # positions in each last block
             num_heads,
             self.shape.num_kv_heads,

@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.kv.cache import KVCache
 from engine.model.attention import Segment
 from engine.model.stack import DecoderStack
-from engine.model.transfer import on_device
+from engine.transfer import to_device
 
 # A CPU's products are slowest below this (PackedLinear would fill each of them up by itself); to a GPU it is all the same.
 _MIN_ROWS = 4
@@ -41,7 +41,7 @@ class PagedModel:
         if num_rows > len(input_ids):
             input_ids = torch.nn.functional.pad(input_ids, (0, num_rows - len(input_ids)))
         hidden = self.stack.hidden(input_ids, self._attention.context(segments, num_rows))
-        wanted = hidden if len(rows) == hidden.shape[0] else hidden.index_select(0, on_device(rows, hidden.device))
+        wanted = hidden if len(rows) == hidden.shape[0] else hidden.index_select(0, to_device(rows, hidden.device, torch.long))
         return self.stack.logits(wanted)[:, : self.vocab_size]
 
     def let_go(self) -> None:

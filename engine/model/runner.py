@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
-from engine.model.transfer import on_device
 from engine.plan import Chunk, DraftBatch, RowBatch, RowsWanted, StepPlan
+from engine.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -60,11 +60,11 @@ class ModelRunner:
         for chunk in plan.chunks:
             packing.add(chunk, drafts.lengths[completing] if chunk.completes else 0, completing)
             completing += chunk.completes
-        draft_ids = drafts.ids.to(device) if isinstance(drafts.ids, Tensor) else on_device(np.array(drafts.ids, dtype=np.int64), device)
+        draft_ids = to_device(drafts.ids, device, torch.long)
         draft_ids = draft_ids.reshape(completing, draft_ids.shape[-1] if draft_ids.numel() else 0)
-        input_ids = on_device(packing.ids, device)
+        input_ids = to_device(packing.ids, device, torch.long)
         if packing.draft_slots:
-            slots, rows, columns = on_device(np.array((packing.draft_slots, *zip(*packing.draft_from, strict=True))), device)
+            slots, rows, columns = to_device([packing.draft_slots, *zip(*packing.draft_from, strict=True)], device)
             input_ids[slots] = draft_ids[rows, columns]
         logits = self._target.forward(packing.segments, input_ids, packing.wanted)
         return logits, RowBatch(

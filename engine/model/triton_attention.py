@@ -21,8 +21,8 @@ from torch import Tensor
 
 from engine.kv.cache import KVCache
 from engine.model.attention import AttentionShape, LayerAttention, Segment
+from engine.model.index_buffer import IndexBuffer
 from engine.model.ragged import Ragged, power_of_two
-from engine.model.transfer import IndexBuffer
 
 _FEW, _MANY = 16, 64  # rows of a tile; 16 is the least that a product may have
 _STAGE_BYTES = {_FEW: 16 << 10, _MANY: 32 << 10}  # of keys and values that a program loads at a time

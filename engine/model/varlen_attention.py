@@ -21,8 +21,9 @@ from torch import Tensor
 
 from engine.kv.cache import KVCache
 from engine.model.attention import AttentionShape, LayerAttention, Segment
+from engine.model.index_buffer import IndexBuffer
 from engine.model.ragged import Ragged
-from engine.model.transfer import IndexBuffer, on_device
+from engine.transfer import to_device
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _IMPLEMENTATIONS = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}  # by major compute capability
@@ -64,7 +65,7 @@ class _VarlenPaged:
         ragged = Ragged.of(segments, self.block_size)
         positions, slots = ragged.places(num_rows)
         arrays = [positions, ragged.tables[: len(segments)], ragged.offsets, ragged.ends]
-        real_slots = on_device(slots[: ragged.num_tokens], self.cache.layers[0].device)  # int64, as writing wants it
+        real_slots = to_device(slots[: ragged.num_tokens], self.cache.layers[0].device)  # int64, as writing wants it
         return _VarlenContext(self, real_slots, int(ragged.nums.max()), int(ragged.ends.max()), *self.indices.write(arrays))
 
 

@@ -10,8 +10,9 @@ import torch
 
 from engine.kv.cache import KVCache
 from engine.model.attention import Segment, paged_context
+from engine.model.index_buffer import IndexBuffer
 from engine.model.ragged import Ragged, power_of_two
-from engine.model.transfer import IndexBuffer, on_device
+from engine.transfer import to_device
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def test_indices_stay_where_they_are() -> None:
 
 
 def test_numbers_keep_shape_and_kind() -> None:
-    assert on_device([3, 1], CPU).tolist() == [3, 1]
-    assert on_device(range(2), CPU).dtype == torch.int64
-    assert on_device(np.array([[True, False]]), CPU).tolist() == [[True, False]]
-    assert on_device([], CPU).shape == (0,)
+    assert to_device([3, 1], CPU).tolist() == [3, 1]
+    assert to_device(range(2), CPU).dtype == torch.int64
+    assert to_device(np.array([[True, False]]), CPU).tolist() == [[True, False]]
+    assert to_device([], CPU, torch.long).shape == (0,)

@@ -12,8 +12,8 @@ from engine.config import FixedLengthConfig
 from engine.model.attention import GATHER, AttentionKind, Segment
 from engine.model.paged import PagedModel
 from engine.model.stack import DecoderStack
-from engine.model.transfer import on_device
 from engine.model.triton_attention import TritonAttention
+from engine.transfer import to_device
 from tests.reference import answer
 from tests.tiny import drive, make_core, naive_target, target_model
 from tests.verify.requests import greedy
@@ -41,7 +41,7 @@ def test_a_pass_is_launched_without_waiting_for_the_device(kind: AttentionKind) 
     for mode in ("default", "error"):  # the first compiles and allocates
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            ids = on_device([1] * 13, torch.device("cuda"))
+            ids = to_device([1] * 13, torch.device("cuda"))
             model.forward(segments, ids, [8, 9, 12])
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -1,24 +1,13 @@
-"""Numbers from the host to the device without waiting for it.
-
-A copy from ordinary memory makes the host wait until the device has done all that it was given before. From pinned memory it does not, and
-torch's allocator keeps such memory until the copy has been made.
-"""
+"""Index tensors of a pass in one place: one copy to the device, and addresses that stay the same from pass to pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-
-def on_device(numbers: NDArray[Any] | ListLike[int], device: torch.device) -> Tensor:
-    """A tensor of the same shape; lists become int64."""
-    host = torch.from_numpy(numbers if isinstance(numbers, np.ndarray) else np.asarray(numbers, dtype=np.int64))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class IndexBuffer:
