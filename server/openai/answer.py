@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import time
@@ -21,6 +22,8 @@ from server.openai import response_schema as schema
 from server.openai.convert import header_safe
 from server.record import ChoiceRecord, RequestRecord
 from server.stream import EventStream, unless_disconnected
+
+_MANY_SCORED = 1000  # tokens of prompts: a response that says more of them is written in a thread, in which streams of others go on
 
 
 class Shape(Protocol):
@@ -174,13 +177,20 @@ async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, 
         async for deltas in generation:
             for delta in deltas:
                 parts[delta.index].append(delta)
+    num_scored = len(parts) * max(map(len, generation.prompt_logprobs))
+    if num_scored > _MANY_SCORED:
+        return await asyncio.to_thread(_body, parts, generation.record, envelope)
+    return _body(parts, generation.record, envelope)
+
+
+def _body(parts: Sequence[Sequence[TextDelta]], record: RequestRecord, envelope: _Envelope) -> Mapping[str, Any]:
     shape, job = envelope.shape, envelope.job
     tokens = [[token for part in answer for token in part.tokens] for answer in parts]
     choices = [
         envelope.detailed(shape.choice(_whole(place, envelope.echo_of(i), parts[i])), i, tokens[i])
         for place, i in enumerate(_shown(job, tokens))
     ]
-    return envelope.completion(choices, generation.record).model_dump()
+    return envelope.completion(choices, record).model_dump()
 
 
 def _whole(index: int, echo: str, parts: Sequence[TextDelta]) -> TextDelta:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.request import FinishReason
 from server.detokenize import beginnings
+from server.openai import answer
 from server.text import TextTokenizer
 from tests.fakes import Part
-from tests.server.conftest import Served, build_tokenizer, chunks_of, error_of
+from tests.server.conftest import Served, build_tokenizer, chunks_of, error_of, serve
 
 IDS = [[70, 71, 72, 73], [74, 75]]  # letters, and the made-up log-probability of a token is minus its id
 
@@ -22,8 +25,8 @@ def ids_of(served: Served, text: str) -> list[int]:
 
 async def test_the_prompts_tokens_stand_in_front_of_the_answers(both: Served) -> None:
     both.answer_with(parts=[Part((75, 79)), Part((77,)), Part((2,))], finish=FinishReason.STOP)
-    answer = await both.openai.completions.create(model="tiny", prompt="hello world", echo=True, logprobs=2)
-    (choice,) = answer.choices
+    said = await both.openai.completions.create(model="tiny", prompt="hello world", echo=True, logprobs=2)
+    (choice,) = said.choices
     logprobs, ids = choice.logprobs, ids_of(both, "hello world")
     assert choice.text.startswith("hello world")
     assert logprobs is not None
@@ -100,8 +103,8 @@ async def test_the_first_delivery_is_that_of_an_answer(served: Served) -> None:
 
 async def test_no_tokens_are_a_wish_of_completions_alone(served: Served) -> None:
     assert error_of(await served.chat(max_tokens=0), 400)["param"] == "max_tokens"
-    answer = (await served.complete(max_tokens=0)).json()
-    assert answer["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}]
+    said = (await served.complete(max_tokens=0)).json()
+    assert said["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}]
     assert error_of(await served.complete(max_tokens=0, min_tokens=1), 400)["param"] == "min_tokens"
 
 
@@ -146,3 +149,21 @@ async def test_parts_of_characters_can_be_told_apart(served: Served) -> None:
     for own, name, top in zip(ids[1:], names[1:], choice["logprobs"]["top_logprobs"][1:], strict=True):
         assert len(top) == 2
         assert top[name] == -own
+
+
+async def test_a_long_prompts_response_is_written_in_a_thread_and_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, body_of = list[str](), answer._body
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return body_of(*args)
+
+    monkeypatch.setattr(answer, "_body", noted)
+    async with serve(folder, max_model_len=2000) as served:
+        served.answer_with(at_once=True)
+        prompts = [[70 + i % 20 for i in range(num)] for num in (300, 1200)]
+        short, long = [
+            (await served.complete(prompt, echo=True, logprobs=0, max_tokens=0)).json()["choices"][0]["logprobs"] for prompt in prompts
+        ]
+    assert [name == threading.main_thread().name for name in threads] == [True, False]
+    assert all(long[key][:300] == short[key] for key in short)
