@@ -116,17 +116,6 @@ async def test_version(served: Served) -> None:
     assert (await served.http.get("/version")).json() == {"version": served.app.version}
 
 
-async def test_every_answer_leaves_one_line_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="server.generate")
-    async with serve(folder) as served:
-        answer = (await served.chat(max_tokens=3)).json()
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.generate"]
-    usage = answer["usage"]
-    job_id, prompt, generated = answer["id"].removeprefix("chatcmpl-"), usage["prompt_tokens"], usage["completion_tokens"]
-    assert line.startswith(f"{job_id} tiny: {prompt} prompt tokens, {generated} generated in ")
-    assert line.endswith(answer["choices"][0]["finish_reason"])
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [
