@@ -51,6 +51,14 @@ async def answer_on(reader: asyncio.StreamReader) -> bytes:
     return head + await reader.readexactly(length)
 
 
+async def rest_of(reader: asyncio.StreamReader) -> bytes:
+    """What comes until the server closes. A byte that it did not wait for makes that a reset."""
+    try:
+        return await asyncio.wait_for(reader.read(), 5)
+    except ConnectionResetError:
+        return b""
+
+
 @pytest.mark.parametrize("begin", [b"", b"GET /v1/mod", REQUEST[:-2] + b"X-More: "], ids=["nothing", "a line", "headers"])
 @pytest.mark.parametrize("is_kept_alive", [False, True])
 async def test_a_head_that_does_not_come_closes_the_connection(folder: Path, begin: bytes, is_kept_alive: bool) -> None:
@@ -63,7 +71,7 @@ async def test_a_head_that_does_not_come_closes_the_connection(folder: Path, beg
         began = time.monotonic()
         writer.write(begin)
         dripping = asyncio.ensure_future(drip(writer, b"x")) if begin else None
-        assert await asyncio.wait_for(reader.read(), 5) == b"", "nobody has asked, so nobody is answered"
+        assert await rest_of(reader) == b"", "nobody has asked, so nobody is answered"
         assert SECONDS * 0.9 <= time.monotonic() - began < SECONDS + 1.5
         if dripping is not None:
             dripping.cancel()
@@ -77,7 +85,7 @@ async def test_a_body_that_goes_on_behind_its_refusal_closes_the_connection(fold
         began = time.monotonic()
         dripping = asyncio.ensure_future(drip(writer, b" "))
         assert (await asyncio.wait_for(answer_on(reader), 5)).startswith(b"HTTP/1.1 401")
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await rest_of(reader) == b""
         assert time.monotonic() - began < SECONDS + 1.5
         dripping.cancel()
         writer.close()
