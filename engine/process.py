@@ -29,8 +29,8 @@ from engine.wire import Abort, Add, Failed, Heartbeat, Hello, Loaded, Progress, 
 _log = logging.getLogger(__name__)
 
 FACTORY = "engine.build:build"
-FRAMES_AT_ONCE = 8  # a frame that is there already is received without letting anybody else run
-REQUESTS_AT_ONCE = 8
+FRAMES_AT_ONCE = 16  # a frame that is there already is received without letting anybody else run; fewer make more, smaller deliveries
+REQUESTS_AT_ONCE = 4  # so that it is a millisecond or two until it is everybody else's turn
 
 
 class ProcessClient:
