@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from statistics import median
 from typing import Any
 
@@ -16,11 +17,11 @@ from benchmarks.body import BodyMaker
 from benchmarks.client import PATHS, HttpTarget, base_url_of, open_client
 from benchmarks.load import Answer
 from benchmarks.measuring import EXACT, NO_DRAFTER, BarSkipped, Measured, Setting, built_in, measured, median_of, spec_bench
-from benchmarks.programs import EngineProgram, PromptEncoder, Run, engine_program
+from benchmarks.programs import EngineProgram, PromptEncoder, Run, Running, engine_program, side_by_side
 from benchmarks.prompts import Prompt
 from benchmarks.served import ServedDeployment, serve
 from benchmarks.stats import Estimate, estimate_mean_per
-from benchmarks.turns import Comparison, Rows, Sides, compare, in_turns
+from benchmarks.turns import Comparison, Sides, compare, in_turns
 from engine.config import ModelDrafterConfig
 from engine.model.source import resolve
 from engine.plan import DraftBatch, Drafter, StepPlan, Verdict
@@ -123,15 +124,16 @@ def best_fixed(setting: Setting, num_streams: int) -> Measured:
             program.warm(asked)
         return asked
 
-    def side(program: EngineProgram, length: int | None) -> Callable[[Group], float]:
-        return lambda asked: _rate(program.answers_again(asked, setting.size(96, 8), length))
+    num_tokens = setting.size(96, 8)
 
-    sides = [side(adaptive, None), *(side(fixed, length) for length in LENGTHS)]
-    rows = in_turns(Sides(cached, sides), setting.turns(setting.size(max(3, 12 // num_streams), 1)))
-    over = {length: _over(rows, i) for i, length in enumerate(LENGTHS, 1)}
+    def side(length: int) -> Callable[[Group], float]:
+        return lambda asked: _over(adaptive.begin(asked, num_tokens, None, True), fixed.begin(asked, num_tokens, length, True))
+
+    sides = Sides(cached, [side(length) for length in LENGTHS])
+    rows = in_turns(sides, setting.turns(setting.size(max(3, 12 // num_streams), 1)))
+    over = {length: compare(rows, itemgetter(i)) for i, length in enumerate(LENGTHS)}
     best = min(over, key=lambda length: over[length].value.median)
-    rates = {str(length): median_of(rows, i) for i, length in enumerate(LENGTHS, 1)}
-    return measured(over[best], {"best": best, "tokens_per_second": {"adaptive": median_of(rows, 0), **rates}})
+    return measured(over[best], {"best": best, "over": {str(length): comparison.value.median for length, comparison in over.items()}})
 
 
 def never_slower(setting: Setting) -> Measured:
@@ -145,11 +147,9 @@ def never_slower(setting: Setting) -> Measured:
     for kind, prompts in kinds.items():
         for num_streams in (1, 4, 16)[: setting.size(3, 1)]:
             make = _groups(num_streams, encoder, prompts)
-            sides = Sides(
-                make, [lambda asked: _rate(drafting.answers(asked, num_tokens)), lambda asked: _rate(plain.answers(asked, num_tokens))]
-            )
-            rows = in_turns(sides, setting.turns(setting.size(4 if num_streams == 1 else 2, 1)))
-            found[f"{kind}, {num_streams}"] = _over(rows, 1)
+            sides = Sides(make, [lambda asked: _over(drafting.begin(asked, num_tokens), plain.begin(asked, num_tokens))])
+            rows = in_turns(sides, setting.turns(setting.size(6 if num_streams == 1 else 3, 1)))
+            found[f"{kind}, {num_streams}"] = compare(rows, itemgetter(0))
     least = min(found, key=lambda name: found[name].value.median)
     return measured(found[least], {"least": least, "all": {name: comparison.value.median for name, comparison in found.items()}})
 
@@ -164,9 +164,10 @@ def _rate(runs: list[Run]) -> float:
     return sum(len(run.token_ids) for run in runs) / max(run.seconds for run in runs)
 
 
-def _over(rows: Rows[float], side: int) -> Comparison:
-    """The first side over another one."""
-    return compare(rows, lambda row: row[0] / row[side])
+def _over(running: Running, other: Running) -> float:
+    """Tokens a second of the one over those of the other."""
+    mine, theirs = side_by_side([running, other])
+    return _rate(mine) / _rate(theirs)
 
 
 # ---------------------------------------------------------------------- what a client gets

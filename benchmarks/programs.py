@@ -29,6 +29,7 @@ from server.settings import load as load_deployment
 from server.text import TextTokenizer
 
 KV_CACHE = 256 << 20  # bytes; engines and peers are in memory at the same time
+_TURN = 0.2  # seconds of an engine among others
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class EngineProgram:
         self, prompts: Sequence[Sequence[int]], num_tokens: int, stops: bool = True, temperature: float = 0.0, max_draft: int | None = None
     ) -> list[Run]:
         """As many streams as there are prompts, begun together. `max_draft` drafts at most at a time; 0 is the target alone."""
-        return self._answers(prompts, num_tokens, stops, temperature, max_draft)
+        return self.run(self._requests(prompts, num_tokens, stops, temperature, max_draft))
 
     def warm(self, prompts: Sequence[Sequence[int]]) -> None:
         """Have the KV of prompts cached by target and drafter: a seed makes the drafter run them, too."""
@@ -118,50 +119,85 @@ class EngineProgram:
         while self.core.has_work:
             self.core.step()
 
-    def answers_again(self, prompts: Sequence[Sequence[int]], num_tokens: int, max_draft: int | None = None) -> list[Run]:
-        """The same for prompts that this engine has seen: for comparing its own ways to answer, whose prompts all cost the same."""
-        return self._answers(prompts, num_tokens, True, 0.0, max_draft, may_be_cached=True)
-
-    def _answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_tokens: int,
-        stops: bool,
-        temperature: float,
-        max_draft: int | None,
-        may_be_cached: bool = False,
-    ) -> list[Run]:
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stops: bool, temperature: float, max_draft: int | None
+    ) -> list[Request]:
         ends = self.info.end_token_ids if stops else ()
         sampling = SamplingParams(max_tokens=num_tokens, temperature=temperature, stop_token_ids=ends)
         speculation = replace(self._speculation, enabled=max_draft != 0, max_draft=max_draft or None)
-        requests = [Request(id=self.new_id(), prompt_ids=tuple(ids), sampling=sampling, speculation=speculation) for ids in prompts]
-        return self.run(requests, may_be_cached)
+        return [Request(id=self.new_id(), prompt_ids=tuple(ids), sampling=sampling, speculation=speculation) for ids in prompts]
 
     def new_id(self) -> str:
         """A name for a request."""
         return f"run-{next(self._ids)}"
 
+    def begin(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, max_draft: int | None = None, may_be_cached: bool = False
+    ) -> Running:
+        """Streams to be stepped: greedy answers that end by themselves."""
+        return Running(self.core, self._requests(prompts, num_tokens, True, 0.0, max_draft), may_be_cached)
+
     def run(self, requests: Sequence[Request], may_be_cached: bool = False) -> list[Run]:
         """Requests of one choice each, begun together, to their ends."""
-        tokens: dict[str, list[int]] = {request.id: [] for request in requests}
-        first, last_at, calls = dict[str, tuple[float, int]](), dict[str, float](), dict[str, int]()
-        drafts = {request.id: (0, 0) for request in requests}
-        start = time.perf_counter()
+        running = Running(self.core, requests, may_be_cached)
+        while running.has_work:
+            running.step()
+        return running.runs()
+
+
+class Running:
+    """Requests of one choice each, begun together in an engine that nobody else uses. Its clock runs only while it steps."""
+
+    def __init__(self, core: EngineCore, requests: Sequence[Request], may_be_cached: bool):
+        self._core = core
+        self._may_be_cached = may_be_cached
+        self.seconds = 0.0
+        self._tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+        self._first, self._last_at, self._calls = dict[str, tuple[float, int]](), dict[str, float](), dict[str, int]()
+        self._drafts = {request.id: (0, 0) for request in requests}
         for request in requests:
-            self.core.add(request)
-        while self.core.has_work:
-            deltas = self.core.step().deltas
-            now = time.perf_counter()
-            for delta in deltas:
-                if delta.num_cached_tokens and not may_be_cached:
-                    raise BenchmarkError(f"The prefix cache held {delta.num_cached_tokens} tokens of a timed prompt; prompts must be new.")
-                tokens[delta.request_id] += delta.token_ids
-                first.setdefault(delta.request_id, (now - start, len(delta.token_ids)))
-                last_at[delta.request_id], calls[delta.request_id] = now, delta.num_target_calls
-                if delta.round is not None:
-                    num_draft, num_accepted = drafts[delta.request_id]
-                    drafts[delta.request_id] = num_draft + delta.round.num_draft, num_accepted + delta.round.num_accepted
-        return [Run(tuple(ids), last_at[name] - start, *first[name], calls[name], *drafts[name]) for name, ids in tokens.items()]
+            core.add(request)
+
+    @property
+    def has_work(self) -> bool:
+        return self._core.has_work
+
+    def step(self) -> None:
+        """Raises BenchmarkError where the prefix cache helps a prompt that was to be new."""
+        start = time.perf_counter()
+        deltas = self._core.step().deltas
+        self.seconds += time.perf_counter() - start
+        for delta in deltas:
+            name = delta.request_id
+            if delta.num_cached_tokens and not self._may_be_cached:
+                raise BenchmarkError(f"The prefix cache held {delta.num_cached_tokens} tokens of a timed prompt; prompts must be new.")
+            self._tokens[name] += delta.token_ids
+            self._first.setdefault(name, (self.seconds, len(delta.token_ids)))
+            self._last_at[name], self._calls[name] = self.seconds, delta.num_target_calls
+            if delta.round is not None:
+                num_draft, num_accepted = self._drafts[name]
+                self._drafts[name] = num_draft + delta.round.num_draft, num_accepted + delta.round.num_accepted
+
+    def runs(self) -> list[Run]:
+        """Of each request, once none has work left."""
+        return [
+            Run(tuple(ids), self._last_at[name], *self._first[name], self._calls[name], *self._drafts[name])
+            for name, ids in self._tokens.items()
+        ]
+
+
+def side_by_side(all_running: Sequence[Running]) -> list[list[Run]]:
+    """The runs of several engines that take turns of a few steps, each by its own clock.
+
+    A machine that others use is a tenth faster or slower for seconds at a time. Whole answers one after the other would be measured in
+    different moments of it; so each engine has its share of every moment.
+    """
+    while any(running.has_work for running in all_running):
+        for running in all_running:
+            until = running.seconds + _TURN
+            while running.has_work and running.seconds < until:
+                running.step()
+    return [running.runs() for running in all_running]
 
 
 class TransformersProgram:
