@@ -3,9 +3,10 @@
 #   docker build -t cascade-serve .
 #   docker run -p 127.0.0.1:8000:8000 -v cascade-cache:/cache cascade-serve
 #
-# TORCH_INDEX is where torch comes from: by default its CPU builds, which are much smaller. For a GPU, pip's own index, whose torch has CUDA:
+# TORCH_INDEX is where torch comes from: by default its CPU builds, which are much smaller. For a GPU, pip's own index, whose torch has CUDA,
+# and a C compiler, with which Triton makes what starts its kernels; without one attention copies what it reads:
 #
-#   docker build --build-arg TORCH_INDEX= -t cascade-serve:gpu .
+#   docker build --build-arg TORCH_INDEX= --build-arg PACKAGES="gcc libc6-dev" -t cascade-serve:gpu .
 #
 # The base image is pinned by its tag. Who needs the very bytes adds the digest that `docker buildx imagetools inspect` shows.
 # deploy/rehearse.py carries these steps out without a container engine.
@@ -41,6 +42,10 @@ RUN find /opt/venv/lib/python3*/site-packages/torch -maxdepth 1 \( -name test -o
 
 FROM base
 LABEL org.opencontainers.image.title="Cascade Serve" org.opencontainers.image.licenses="Apache-2.0"
+
+ARG PACKAGES=
+# hadolint ignore=DL3008,SC2086
+RUN if [ -n "$PACKAGES" ]; then apt-get update && apt-get install --yes --no-install-recommends $PACKAGES && rm -rf /var/lib/apt/lists/*; fi
 
 # By number, so that an orchestrator can see that it is not root.
 RUN useradd --uid 10001 --home-dir /cache --no-create-home --shell /usr/sbin/nologin cascade
