@@ -47,7 +47,7 @@ from engine.model.draft_vocabulary import read_draft_ids
 from engine.model.linear import choose
 from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
 from engine.model.memory import ADVICE, available_bytes, is_out_of_memory, let_go
-from engine.model.paged import PagedModel, kv_bytes_per_token
+from engine.model.paged import PagedModel, kv_bytes_per_token, rows_run
 from engine.model.runner import ModelRunner
 from engine.model.source import Progress, default_cache_dir, fetch_config, first_line, locate, resolve, silent
 from engine.model.stack import DecoderStack
@@ -188,7 +188,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         verifier=VERIFIERS[config.speculation.verification](extras.rules),
         max_drafter_tokens=config.engine.max_drafter_tokens or config.engine.max_step_tokens,
         is_lost=automata.is_broken,
-        without_drafts=WithoutDrafts(extras.costs.target if extras.costs else {}),
+        without_drafts=WithoutDrafts(PassCosts(extras.costs.target if extras.costs else {}, rows_run)),
         let_go=partial(_let_go, [running, *([drafting] if drafting else [])]),
     )
     info = EngineInfo(
@@ -224,8 +224,8 @@ def make_policy(config: EngineConfig, costs: Costs | None = None, foresight: For
         case ConfidenceLengthConfig():
             return ConfidenceLength(length.max, length.threshold, length.cumulative)
         case AdaptiveLengthConfig():
-            drafter = PassCosts(costs.drafter) if isinstance(config.model.drafter, ModelDrafterConfig) else None
-            return AdaptiveLength(length.max, config.engine.max_step_tokens, PassCosts(costs.target), drafter, foresight)
+            drafter = PassCosts(costs.drafter, rows_run) if isinstance(config.model.drafter, ModelDrafterConfig) else None
+            return AdaptiveLength(length.max, PassCosts(costs.target, rows_run), drafter, foresight)
     return FixedLength(length.max)
 
 

@@ -45,7 +45,7 @@ _SHARED_MEMORY = 0.995  # of the counts of all
 _PROBES = (8, 256)  # rounds without drafts until one is tried again: at first, and at most; doubled each time that the try was in vain
 _TRYING = 0.01  # share of the time that such tries may be expected to lose
 _TRYING_MEMORY = 0.999  # of what they may lose and did not, at the next step
-_MAX_BATCH_BUCKET = 6  # 64 sequences and more
+_MAX_BATCH_BUCKET = 7  # 64 sequences and more
 
 
 @dataclass(slots=True)
@@ -99,13 +99,10 @@ class _Chance:
 class AdaptiveLength(FixedLength):
     """Chooses lengths by expected tokens a second."""
 
-    def __init__(
-        self, max_length: int, max_step_tokens: int, target: PassCosts, drafter: PassCosts | None, foresight: Foresight | None = None
-    ):
+    def __init__(self, max_length: int, target: PassCosts, drafter: PassCosts | None, foresight: Foresight | None = None):
         """`drafter` is None where drafts cost nothing: they are looked up. `foresight` is the one that drafts are made by."""
         super().__init__(max_length)
         self._foresight = foresight or NoForesight()
-        self._max_step_tokens = max_step_tokens
         self._targets = CostsByBatch(target)
         self._drafter = drafter
         self._shared: dict[int, Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
@@ -122,12 +119,11 @@ class AdaptiveLength(FixedLength):
     def _target(self) -> PassCosts:
         return self._targets.of(self._bucket)
 
-    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
+    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int, num_rows: int) -> list[int]:
         self._bucket = _bucket(len(seqs))
         self._priors = self._of_all().mixed_with([_PRIOR_RATE] * self.max_length)
         outlooks = [self._outlook(seq, min(limit, self.max_length)) for seq, limit in zip(seqs, limits, strict=True)]
         slots = sorted(((-s, j, b) for b, outlook in enumerate(outlooks) for j, s in enumerate(outlook.survivals)))[: max(0, budget)]
-        num_rows = self._max_step_tokens - budget
         row_seconds = self._call(len(seqs)) if any(seq.needs_q for seq in seqs) else 0.0  # of rows that are due without any draft
         self._round = _Round(len(seqs), num_rows, row_seconds)
         lengths = [0] * len(seqs)
@@ -181,6 +177,8 @@ class AdaptiveLength(FixedLength):
 
     def expects_drafts(self, num_seqs: int) -> bool:
         """Whether the first draft of sequences of which nothing is known pays, of one or of all."""
+        if not num_seqs or not self.max_length:
+            return False
         bucket = _bucket(num_seqs)
         target, shared = self._targets.of(bucket), self._shared.get(bucket)
         rate = shared.own[0].mixed_with(_PRIOR_RATE) if shared is not None else _PRIOR_RATE

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as ListLike
 
 # Where a table has an entry. A pass in between counts for both neighbours.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 
 _WEIGHT = 0.05  # of a new observation; an entry's first ones weigh more, as in a mean of which the table was the first _TRUST values
-_TRUST = 8
+_TRUST = 6
 _OUTLIER = 2.0  # an observation counts as at most so many times what was expected, and at least 1 / that: a busy moment is no law
 
 
@@ -20,59 +21,75 @@ class PassCosts:
     in proportion to the rows. Larger passes never cost less.
     """
 
-    def __init__(self, seconds: Mapping[int, float]):
-        """`seconds` by rows; rows must be of ROWS. Empty: every pass costs one second a row until something is observed."""
+    def __init__(self, seconds: Mapping[int, float], rows_run: Callable[[int], int] = lambda rows: rows):
+        """`seconds` by rows; rows must be of ROWS. Empty: every pass costs one second a row until something is observed. `rows_run` says
+        how many rows a pass runs where it is filled up: a seventeenth may cost as much as eight, and the seven behind it nothing."""
         unknown = set(seconds) - set(ROWS)
         if unknown or any(not value > 0 for value in seconds.values()):
             raise ValueError(f"costs must be positive, at {ROWS}; got {dict(seconds)}")
-        self._seconds = dict(seconds)
+        self.rows_run = rows_run
+        self._first = dict(seconds)
+        self._seen: dict[int, float] = {}
         self._num_observed: dict[int, int] = {}  # by entry
         self._lay_out()
 
     def at(self, rows: int) -> float:
         """Expected seconds."""
-        if not self._known:
-            return float(rows)
-        i = bisect_left(self._known, rows)
-        if i == len(self._known):
-            return self._values[-1] * rows / self._known[-1]
-        if i == 0 or self._known[i] == rows:
-            return self._values[i]
-        (low, high), (a, b) = self._known[i - 1 : i + 1], self._values[i - 1 : i + 1]
-        return a + (b - a) * (rows - low) / (high - low)
+        rows = self.rows_run(rows)
+        seconds = self._asked.get(rows)
+        if seconds is None:
+            seconds = self._asked[rows] = _between(self._known, self._values, rows) if self._known else float(rows)
+        return seconds
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass over so many rows took so long. Entries around it move towards what was seen.
 
-        So do, in proportion, those of more rows that nothing was seen of yet: a batch of many sequences, or a busy machine, makes all
-        passes longer. If they stayed behind, more rows would seem to be free wherever fewer were found to cost more than was measured.
-        Those of fewer rows stay as they are, and are tried.
+        So do, in proportion to the nearest of them below, those of which nothing was seen yet: a batch of many sequences, or a busy
+        machine, makes all passes longer. If they stayed behind, more rows would seem to be free wherever fewer were found to cost more
+        than was measured. Those of fewer rows than any that was seen stay as they are, and are tried.
         """
+        rows = self.rows_run(rows)
         i = bisect_left(ROWS, rows)
         if i == len(ROWS):
             return
         around = {ROWS[i], ROWS[max(0, i - (ROWS[i] != rows))]}
         if not self._known:
-            self._seconds = dict.fromkeys(around, seconds)
+            self._first, self._seen = dict.fromkeys(around, seconds), dict.fromkeys(around, seconds)
         else:
             ratio = min(_OUTLIER, max(1 / _OUTLIER, seconds / self.at(rows)))
             weight = max(_WEIGHT, 1 / (_TRUST + min(self._num_observed.get(entry, 0) for entry in around)))
-            unseen = {entry for entry in self._seconds.keys() - self._num_observed.keys() if entry > rows}
-            moving = {entry: self.at(entry) for entry in unseen | around}
-            self._seconds |= {entry: value * (1 + weight * (ratio - 1)) for entry, value in moving.items()}
+            self._seen |= {entry: _between(self._known, self._values, entry) * (1 + weight * (ratio - 1)) for entry in around}
         for entry in around:
             self._num_observed[entry] = self._num_observed.get(entry, 0) + 1
         self._lay_out()
 
     def table(self) -> dict[int, float]:
-        """What is known, to be kept for the next start."""
-        return dict(self._seconds)
+        """What is known, to begin another one with."""
+        return dict(zip(self._known, self._values, strict=True))
 
     def _lay_out(self) -> None:
-        self._known = sorted(self._seconds)
+        first = sorted(self._first)
+        measured = [self._first[rows] for rows in first]
+        self._known = sorted(self._first.keys() | self._seen.keys())
         self._values: list[float] = []
+        self._asked: dict[int, float] = {}  # what `at` has said since
+        ratio = 1.0  # of what was seen to what was measured first, at the nearest entry below
         for rows in self._known:
-            self._values.append(max([self._seconds[rows], *self._values[-1:]]))
+            expected = self._first.get(rows) or _between(first, measured, rows)
+            value = self._seen.get(rows, expected * ratio)
+            ratio = value / expected
+            self._values.append(max([value, *self._values[-1:]]))
+
+
+def _between(known: ListLike[int], values: ListLike[float], rows: int) -> float:
+    """By a straight line; below the first as there, beyond the last in proportion to the rows."""
+    i = bisect_left(known, rows)
+    if i == len(known):
+        return values[-1] * rows / known[-1]
+    if i == 0 or known[i] == rows:
+        return values[i]
+    (low, high), (a, b) = known[i - 1 : i + 1], values[i - 1 : i + 1]
+    return a + (b - a) * (rows - low) / (high - low)
 
 
 class CostsByBatch:
@@ -88,13 +105,12 @@ class CostsByBatch:
         self._by_batch: dict[int, PassCosts] = {}
 
     def of(self, batch: int) -> PassCosts:
-        """Those of a size, or class of sizes, of batches. A new one begins as the one that was observed last, of which nothing was seen
-        yet: so larger passes go along with what is seen of smaller ones."""
-        if batch not in self._by_batch:
-            self._by_batch[batch] = PassCosts(self._latest.table())
-        return self._by_batch[batch]
+        """Those of a size, or class of sizes, of batches; of one that was never observed, those of the batch that was observed last."""
+        return self._by_batch.get(batch, self._latest)
 
     def observe(self, batch: int, rows: int, seconds: float) -> None:
         """A pass over so many rows of such a batch took so long."""
-        self._latest = self.of(batch)
+        if batch not in self._by_batch:  # nothing was seen of it yet, so larger passes go along with what is seen of smaller ones
+            self._by_batch[batch] = PassCosts(self._latest.table(), self._latest.rows_run)
+        self._latest = self._by_batch[batch]
         self._latest.observe(rows, seconds)

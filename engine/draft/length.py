@@ -34,7 +34,7 @@ class FixedLength:
     def __init__(self, max_length: int):
         self.max_length = max_length
 
-    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
+    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int, num_rows: int) -> list[int]:
         return share_budget([min(self.max_length, limit) for limit in limits], budget)
 
     def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
@@ -64,7 +64,7 @@ class HeuristicLength(FixedLength):
         self._start = start
         self._length: dict[Sequence, int] = {}
 
-    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int) -> list[int]:
+    def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int, num_rows: int) -> list[int]:
         wanted = [min(self._length.get(seq, self._start), limit) for seq, limit in zip(seqs, limits, strict=True)]
         return share_budget(wanted, budget)
 

@@ -215,7 +215,7 @@ class ModelDrafter:
         is_read = any(d.seq.request.speculation.rule in self._reading_q for d in ready)
         device, vocab = self._model.stack.device, self._model.vocab_size
         dtype = torch.promote_types(self._model.stack.dtype, torch.float32)
-        shape = (len(emitting), longest + 1, vocab)
+        shape = (len(emitting), longest + 1, vocab if ready else 0)  # zeros that nobody reads would take a millisecond of a large batch
         keys = to_device([d.seq.key for d in emitting], device, torch.long).view(-1, 1)
         first = to_device([len(d.seq.tokens) for d in emitting], device, torch.long).view(-1, 1)
         table = _Table(

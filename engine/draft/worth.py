@@ -6,7 +6,6 @@ last token of an answer is never drafted for, so some always are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.draft.costs import PassCosts
@@ -25,9 +24,9 @@ class StepWork:
 class WithoutDrafts:
     """Learns what passes cost from every step, and says what the step would have taken without drafts."""
 
-    def __init__(self, seconds: Mapping[int, float] = {}):
-        """`seconds` of a pass by rows, as far as they were measured."""
-        self._costs = PassCosts(seconds)
+    def __init__(self, costs: PassCosts | None = None):
+        """`costs` of a pass, as far as they were measured."""
+        self._costs = costs or PassCosts({})
 
     def seconds(self, work: StepWork, verify_seconds: float, schedule_seconds: float) -> float:
         """The pass without the drafts' rows, then one more for all answers for every further token that each emitted."""

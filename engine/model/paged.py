@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class PagedModel:
         """
         if not segments:
             return torch.empty(0, self.vocab_size, dtype=self.stack.dtype, device=self.stack.device)
-        num_rows = _filled(len(input_ids))
+        num_rows = rows_run(len(input_ids))
         if num_rows > len(input_ids):
             input_ids = torch.nn.functional.pad(input_ids, (0, num_rows - len(input_ids)))
         hidden = self.stack.hidden(input_ids, self._attention.context(segments, num_rows))
@@ -49,8 +50,9 @@ class PagedModel:
         self._cache.let_go()
 
 
-def _filled(num: int) -> int:
-    """Rows that a pass over `num` tokens runs."""
+@lru_cache(4096)
+def rows_run(num: int) -> int:
+    """Rows that a pass over `num` tokens runs. What a pass costs goes by these."""
     multiple = next((multiple for beyond, multiple in _ROUNDING if num > beyond), 1)
     return max(_MIN_ROWS, -(-num // multiple) * multiple)
 

@@ -221,7 +221,8 @@ class Scheduler:
         """Reserve draft slots where budget and memory are left. Drafts preempt nobody."""
         able = [chunk for chunk in plan if chunk.completes and chunk.seq.request.speculation.enabled]
         seqs = [chunk.seq for chunk in able]
-        lengths = self.policy.lengths(seqs, [self._draft_limit(seq) for seq in seqs], left)
+        limits = [self._draft_limit(seq) for seq in seqs]
+        lengths = self.policy.lengths(seqs, limits, left, sum(chunk.num_tokens for chunk in plan))
         wanted = dict(zip(seqs, lengths, strict=True))
         for chunk in plan:
             num = wanted.get(chunk.seq, 0)

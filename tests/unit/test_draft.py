@@ -88,18 +88,18 @@ def test_the_heuristic_follows_what_was_accepted() -> None:
     policy, seq = HeuristicLength(start=4, max_length=7), make_sequence((1,))
     lengths = []
     for accepted in (4, 6, 0, 0, 0, 0, 0, 0, 0):
-        (num,) = policy.lengths([seq], [99], 100)
+        (num,) = policy.lengths([seq], [99], 100, 1)
         lengths.append(num)
         policy.observe(seq, num, min(accepted, num))
     assert lengths == [4, 6, 7, 6, 5, 4, 3, 2, 1]
     policy.forget(seq)
-    assert policy.lengths([seq], [99], 100) == [4]
+    assert policy.lengths([seq], [99], 100, 1) == [4]
     policy.observe(seq, 0, 0)
-    assert policy.lengths([seq], [99], 100) == [4], "a round without drafts says nothing"
+    assert policy.lengths([seq], [99], 100, 1) == [4], "a round without drafts says nothing"
 
 
 def test_fixed_is_fixed() -> None:
     policy, seq = FixedLength(3), make_sequence((1,))
     policy.observe(seq, 3, 0)
-    assert policy.lengths([seq, seq], [9, 9], 5) == [3, 2]
-    assert policy.lengths([seq, seq], [0, 9], 5) == [0, 3], "a limit leaves the budget to others"
+    assert policy.lengths([seq, seq], [9, 9], 5, 2) == [3, 2]
+    assert policy.lengths([seq, seq], [0, 9], 5, 2) == [0, 3], "a limit leaves the budget to others"

@@ -38,11 +38,11 @@ class Told(NoForesight):
 
 def policy(told: Told, call: float | None = 2.0, target: dict[int, float] = CHEAP_ROWS) -> AdaptiveLength:
     """A call costs twice a pass of the target: nobody drafts who pays for it."""
-    return AdaptiveLength(8, BUDGET, PassCosts(target), None if call is None else PassCosts({1: call}), told)
+    return AdaptiveLength(8, PassCosts(target), None if call is None else PassCosts({1: call}), told)
 
 
 def length_of(policy: AdaptiveLength, seq: Sequence, limit: int = 8, budget: int = BUDGET - 1) -> int:
-    return policy.lengths([seq], [limit], budget)[0]
+    return policy.lengths([seq], [limit], budget, 1)[0]
 
 
 def test_what_is_forced_takes_a_slot_however_dear_the_drafter_is() -> None:
@@ -94,7 +94,7 @@ def test_a_prediction_that_is_wrong_is_drafted_less_for_others_too_but_not_for_o
     for _ in range(60):
         learning.observe(good, 6, 6, (PREDICTED,) * 6)
         learning.observe(bad, 1, 0, (PREDICTED,))
-    lengths = learning.lengths([good, bad, new], [8] * 3, BUDGET - 3)
+    lengths = learning.lengths([good, bad, new], [8] * 3, BUDGET, 3)
     assert lengths[0] > lengths[2] >= lengths[1] == 0
 
 
@@ -132,7 +132,7 @@ def test_which_tokens_are_foreseen_changes_no_length() -> None:
         one, lengths = policy(told, call=0.3), list[list[int]]()
         for _ in range(20):
             told.token_id = rng.randrange(99)
-            lengths.append(one.lengths(seqs, [8] * 3, BUDGET - 3))
+            lengths.append(one.lengths(seqs, [8] * 3, BUDGET, 3))
         found.append(lengths)
     assert found[0] == found[1]
 

@@ -64,6 +64,27 @@ def test_costs_that_were_never_seen_go_along() -> None:
     assert costs.at(16) == pytest.approx(2.0, rel=0.05), "what was seen is not changed by what is seen elsewhere"
 
 
+def test_rows_that_fill_a_pass_up_cost_nothing() -> None:
+    """Nor is the first row behind a full pass cheap."""
+    costs = PassCosts({16: 1.0, 24: 1.4}, lambda rows: rows if rows <= 16 else -(-rows // 8) * 8)
+    assert [costs.at(rows) for rows in (16, 17, 20, 24)] == pytest.approx([1.0, 1.4, 1.4, 1.4])
+    for _ in range(100):
+        costs.observe(18, 2.0)
+    assert costs.at(16) == 1.0
+    assert costs.at(17) == costs.at(24) == pytest.approx(2.0, rel=0.05)
+
+
+def test_what_was_never_seen_goes_along_once() -> None:
+    """However many smaller passes were seen in between: all took half as long again as was measured, and so will this one."""
+    first = {1: 1.0, 2: 1.0, 4: 1.1, 6: 1.2, 8: 1.4, 16: 2.0, 32: 3.0}
+    costs = PassCosts(first)
+    for _ in range(100):
+        for rows in (1, 2, 4, 6):
+            costs.observe(rows, 1.5 * first[rows])
+    for rows in (8, 16, 32):
+        assert costs.at(rows) == pytest.approx(1.5 * first[rows], rel=0.05)
+
+
 def test_costs_can_begin_with_nothing() -> None:
     costs = PassCosts({})
     assert costs.at(5) == 5
@@ -81,10 +102,10 @@ def test_costs_of_many_sequences_are_not_those_of_few() -> None:
     costs = CostsByBatch(PassCosts({1: 1.0, 16: 1.5, 32: 2.0}))
     for _ in range(100):
         costs.observe(4, 20, 3.0)
-    many = costs.of(16)
-    assert many.at(20) == pytest.approx(3.0, rel=0.05), "what was seen last is all that is known"
+    assert costs.of(16).at(20) == pytest.approx(3.0, rel=0.05), "what was seen last is all that is known"
     for _ in range(100):
         costs.observe(16, 16, 6.0)
+    many = costs.of(16)
     assert many.at(16) == pytest.approx(6.0, rel=0.05)
     assert many.at(20) - many.at(16) > 0.5, "what was seen of few does not make more rows free"
     assert costs.of(4).at(20) == pytest.approx(3.0, rel=0.05)
@@ -92,11 +113,11 @@ def test_costs_of_many_sequences_are_not_those_of_few() -> None:
 
 # ---------------------------------------------------------------------- adaptive
 def adaptive(target: dict[int, float], drafter: dict[int, float] | None = None, max_length: int = 8) -> AdaptiveLength:
-    return AdaptiveLength(max_length, BUDGET, PassCosts(target), None if drafter is None else PassCosts(drafter))
+    return AdaptiveLength(max_length, PassCosts(target), None if drafter is None else PassCosts(drafter))
 
 
 def chosen(policy: AdaptiveLength, seqs: list[Sequence], limit: int = 8, budget: int | None = None) -> list[int]:
-    return policy.lengths(seqs, [limit] * len(seqs), BUDGET - len(seqs) if budget is None else budget)
+    return policy.lengths(seqs, [limit] * len(seqs), BUDGET if budget is None else budget, len(seqs))
 
 
 def teach(policy: AdaptiveLength, seq: Sequence, rounds: list[tuple[int, int]]) -> None:
@@ -115,10 +136,10 @@ def test_rows_that_cost_as_much_as_a_pass_are_not_drafted() -> None:
 
 def test_a_limit_and_a_budget_hold() -> None:
     policy, seqs = adaptive(FLAT), sequences(3)
-    assert policy.lengths(seqs, [2, 0, 5], BUDGET - 3) == [2, 0, 5]
+    assert policy.lengths(seqs, [2, 0, 5], BUDGET, 3) == [2, 0, 5]
     assert sum(chosen(policy, seqs, budget=4)) == 4
     assert chosen(policy, seqs, budget=0) == [0, 0, 0]
-    assert policy.lengths([], [], BUDGET) == []
+    assert policy.lengths([], [], BUDGET, 0) == []
 
 
 def test_who_is_accepted_more_drafts_more() -> None:
@@ -138,7 +159,7 @@ def test_a_drafter_that_costs_much_drafts_little() -> None:
 
 def drafted(policy: AdaptiveLength, seq: Sequence, confidences: list[float]) -> int:
     """How many drafts are made where rows have these confidences."""
-    (most,) = policy.lengths([seq], [len(confidences)], BUDGET - 1)
+    (most,) = policy.lengths([seq], [len(confidences)], BUDGET, 1)
     return next((num for num in range(1, most) if not policy.who_goes_on([Drafting(seq, confidences[:num], most - num)])[0]), most)
 
 
@@ -192,7 +213,7 @@ def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
     def speed(policy: AdaptiveLength | None, fixed: int = 0) -> float:
         (seq,), place, tokens, seconds = sequences(1), 0, 0, 0.0
         while place < len(states) - 20:
-            limit = fixed if policy is None else policy.lengths([seq], [8], BUDGET - 1)[0]
+            limit = fixed if policy is None else policy.lengths([seq], [8], BUDGET, 1)[0]
             num = 0
             while num < limit:
                 num += 1
@@ -214,7 +235,7 @@ def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
 def asked(policy: AdaptiveLength, confidences: list[float], rooms: list[int]) -> list[bool]:
     """Who goes on behind one draft each."""
     seqs = sequences(len(confidences))
-    policy.lengths(seqs, [room + 1 for room in rooms], BUDGET - len(seqs))
+    policy.lengths(seqs, [room + 1 for room in rooms], BUDGET, len(seqs))
     found = policy.who_goes_on([Drafting(seq, [c], room) for seq, c, room in zip(seqs, confidences, rooms, strict=True)])
     for seq in seqs:
         policy.forget(seq)
@@ -267,6 +288,18 @@ def test_tries_lose_a_hundredth_of_the_time_at_most() -> None:
         num_tries += num_drafts
     assert num_tries > 20, "what they are about may have changed"
     assert tokens / seconds > 0.98 * 16 / 1.6
+
+
+def test_nobody_is_drafted_for_where_nobody_is_or_nothing_may_be_drafted() -> None:
+    assert not AdaptiveLength(0, PassCosts(FLAT), PassCosts(FLAT)).expects_drafts(3)
+    assert not AdaptiveLength(4, PassCosts({}), PassCosts({})).expects_drafts(0)
+
+
+def test_a_pass_has_the_rows_that_are_due_however_small_the_budget() -> None:
+    """Where memory ran out, a step holds less than the deployment allows."""
+    policy = adaptive({1: 1.0, 8: 1.2, 16: 9.0, 256: 9.1})
+    assert policy.lengths(sequences(8), [1] * 8, 24, 8) == [0] * 8
+    assert policy.lengths(sequences(8), [1] * 8, 24, 200) == [1] * 8
 
 
 def test_prompts_are_left_for_later_where_drafts_do_not_pay() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.draft.costs import PassCosts
 from engine.draft.length import FixedLength
 from engine.draft.worth import StepWork, WithoutDrafts
 from engine.kv.block_pool import BlockPool
@@ -88,10 +89,10 @@ def test_blocks_that_nobody_holds_count_as_cached_while_they_can_be_found() -> N
 
 
 def test_what_tokens_would_have_cost_without_drafts() -> None:
-    without = WithoutDrafts({1: 1.0, 4: 1.0, 8: 2.0})
+    without = WithoutDrafts(PassCosts({1: 1.0, 4: 1.0, 8: 2.0}))
     nothing_drafted = without.seconds(StepWork(num_plain_rows=3, num_drafts=0, num_answers=3, num_emitted=3), 0.9, 0.1)
     assert nothing_drafted == pytest.approx(1.0), "what it took, without a guess"
-    without = WithoutDrafts({1: 1.0, 4: 1.0, 8: 2.0})
+    without = WithoutDrafts(PassCosts({1: 1.0, 4: 1.0, 8: 2.0}))
     drafted = without.seconds(StepWork(num_plain_rows=2, num_drafts=6, num_answers=2, num_emitted=6), 2.0, 0.1)
     assert drafted == pytest.approx(3 * 1.1), "three passes over two rows, each planned"
     prompt = without.seconds(StepWork(num_plain_rows=4, num_drafts=0, num_answers=0, num_emitted=0), 1.0, 0.0)
