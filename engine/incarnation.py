@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory, gettempdir
 
@@ -25,7 +25,8 @@ from engine.threads import defaults
 from engine.wire import Command, Hello, Report, decode_report, encode
 
 STACK_SECONDS = 0.5  # for a process that hangs to write its stacks to standard error
-ARRIVAL_SECONDS = 0.05  # for what a process had sent before it ended
+ARRIVAL_SECONDS = 0.05  # for what a process had sent before it ended to reach us
+DRAIN_SECONDS = 5.0  # for what has reached us to be dealt with, at most
 
 
 class Incarnation:
@@ -34,6 +35,7 @@ class Incarnation:
     def __init__(self, line: _Line, process: subprocess.Popen[bytes], resources: ExitStack):
         self.id = line.incarnation
         self.num_frames = 0  # received so far
+        self._is_drained = False  # whoever receives waits for more, and has dealt with all before it
         self._line = line
         self._process = process
         self._status = _status_of(process)
@@ -70,7 +72,10 @@ class Incarnation:
         """Wait for a frame of this incarnation. With it come those that are there already, in their order and `most` in all."""
         frames: list[Report] = []
         while not frames:
-            frames += self._ours(await self._line.socket.recv())
+            self._is_drained = True
+            raw = await self._line.socket.recv()
+            self._is_drained = False
+            frames += self._ours(raw)
         while len(frames) < most:
             try:
                 frames += self._ours(await self._line.socket.recv(zmq.DONTWAIT))
@@ -89,10 +94,21 @@ class Incarnation:
         return [frame]
 
     async def exited(self) -> str:
-        """Wait for the process to end by itself, and for its last frames to arrive. Says how, as in "ended with exit status 1"."""
+        """Wait for the process to end by itself, and for its last frames to arrive and be dealt with: many may have piled up.
+
+        Says how it ended, as in "ended with exit status 1".
+        """
         status = await asyncio.shield(self._status)
-        await asyncio.sleep(ARRIVAL_SECONDS)
+        with suppress(TimeoutError):  # who deals with them is stuck, and the loss must be told all the same
+            await asyncio.wait_for(self._drained(), DRAIN_SECONDS)
         return _how(status)
+
+    async def _drained(self) -> None:
+        """Wait until nothing has come for a moment, nothing is waiting, and all that came is dealt with."""
+        num_frames = -1
+        while num_frames != self.num_frames or not self._is_drained or self._line.socket.get(zmq.EVENTS) & zmq.POLLIN:
+            num_frames = self.num_frames
+            await asyncio.sleep(ARRIVAL_SECONDS)
 
     async def kill(self) -> None:
         """End a process that hangs; it says first where it stands, if it can."""

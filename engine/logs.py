@@ -24,16 +24,17 @@ from typing import Any, Literal
 LogFormat = Literal["console", "json"]
 SAID = "cascade"  # the logger of what is said whatever the level, such as that the server is ready
 
-_CHATTY = ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "asyncio")
+_CHATTY = ("httpx", "httpcore", "httpx2", "httpcore2", "filelock", "asyncio", "sse_starlette")  # which logs every chunk of an answer
 _STUBBORN = ("transformers", "huggingface_hub")  # write by handlers of their own
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {0x2028: "\\u2028", 0x2029: "\\u2029"}
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_CONTROLS |= {code: f"\\u{code:04x}" for code in (*range(0x2028, 0x202F), *range(0x2066, 0x206A))}  # line ends, and what turns text round
 _IN_A_LINE = _CONTROLS | {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"}
 _IN_A_TRACE = {code: text for code, text in _CONTROLS.items() if code not in (0x09, 0x0A)}
 _BARE = re.compile(r"[\w./:+@%,*-]+", re.ASCII)
 
 
 class ConsoleFormatter(logging.Formatter):
-    """`TIME LEVEL LOGGER: [REQUEST] MESSAGE name=value ...`, and a traceback below. Control characters are shown and do nothing."""
+    """`TIME LEVEL LOGGER: [REQUEST] MESSAGE name=value ...`, and a traceback below, set in. Control characters are shown and do nothing."""
 
     def __init__(self, prefix: str = ""):
         super().__init__()
@@ -44,7 +45,8 @@ class ConsoleFormatter(logging.Formatter):
         about = f"[{request_id}] " if (request_id := _request_of(record)) else ""
         fields = [f"{name}={_shown(value)}" for name, value in _fields_of(record).items() if value is not None]
         head = f"{when} {record.levelname} {self._prefix}{record.name}: {about}{' '.join([_message_of(record), *fields])}"
-        return "\n".join([head.translate(_IN_A_LINE), *(text.translate(_IN_A_TRACE) for text in _traces_of(self, record).values())])
+        lines = "\n".join(_traces_of(self, record).values()).translate(_IN_A_TRACE).splitlines()
+        return "\n  ".join([head.translate(_IN_A_LINE), *lines])  # set in, as a line of an error's text could be taken for ours
 
 
 class JsonFormatter(logging.Formatter):
@@ -81,13 +83,18 @@ def set_up(level: int | str, form: LogFormat, process: str = "server", filters: 
     root.handlers[:] = [handler]
     root.setLevel(level)
     logging.getLogger(SAID).setLevel(logging.INFO)
-    for chatty in _CHATTY:
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    quieten()
     if form == "json":
         logging.captureWarnings(True)
         sys.excepthook = _log_uncaught
         threading.excepthook = lambda given: _log_uncaught(given.exc_type, given.exc_value, given.exc_traceback)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read by huggingface_hub when it is imported
+
+
+def quieten() -> None:
+    """Have libraries that say too much, and things that are nobody's business, say only what is wrong."""
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def adopt_libraries() -> None:

@@ -113,7 +113,9 @@ _REQUESTS: Mapping[str, Entry] = {
         "HTTP requests answered with an error status, by reason. Worry at 5xx: queue_full wants more replicas",
     ),
     "requests": Entry(
-        "counter", (*ASKED, "finish_reason"), "Answers by how they ended: stop, length, abort (the client left), timeout or error"
+        "counter",
+        (*ASKED, "finish_reason"),
+        "Answers by how they ended: stop, length, abort (the client left), refused (what was asked became too complex), timeout or error",
     ),
     "objective_requests": Entry(
         "counter",

@@ -209,7 +209,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {  # what /openapi.json says of ev
         413: "The body is too large.",
         429: "The API key has too many open requests.",
         500: "The server failed.",
-        503: "Not now: the queue is full, the engine is being restarted, the server is loading or shutting down.",
+        503: "Not now: the queue is full, memory is exhausted, the engine is being restarted, the server is loading or shutting down.",
     }.items()
 }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from engine.client import Stream
-from engine.errors import EngineDead, InvalidRequest, MemoryExhausted, ServerError
+from engine.errors import ClientError, EngineDead, InvalidRequest, MemoryExhausted, ServerError
 from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
 from server import logs
 from server.deps import Serving
@@ -118,6 +118,7 @@ class Generation:
         self._streams: list[Stream] = []
         self._begun: set[int] = set()  # prompts of which something was delivered
         self._error: Exception | None = None
+        self._is_logged = serving.deployment.server.log_prompts
         self._arrived_at = job.arrived_at if arrived_at is None else arrived_at
         self.record = RequestRecord(
             rule=speculation.rule,
@@ -145,21 +146,20 @@ class Generation:
         self._trace = self._serving.traces.current()
         self._metrics = self._serving.metrics.request(self._job.preset, self.record.rule)  # not before: what is refused has no series
         stops = StopStrings(self._job.stops, self._job.shows_stop)
-        is_kept = self._serving.deployment.server.log_prompts
-        self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job, is_kept) for record in self.record.choices]
+        self._answers = [_Answer(self._serving.tokenizer, stops, record, self._job, self._is_logged) for record in self.record.choices]
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._serving.draining.discard(self)
         self._serving.metrics.closed()
         await self._exits.aclose()
-        early = "abort" if self._error is None else "timeout" if isinstance(self._error, RequestTimeout) else "error"
+        early = _early_end(self._error)
         reasons = [answer.record.finish_reason or early for answer in self._answers]
         for answer, reason in zip(self._answers, reasons, strict=True):
             self._metrics.answer_done(answer.record, reason, self.record.arrived_at, self.record.alpha)
         self._metrics.request_done(self.record.num_prompt_tokens, time.monotonic() - self.record.arrived_at)
         self._trace.note(self._job, self.record, reasons)
-        logs.note_answer(self._serving.metrics.model, self._job, self.record, reasons, self._texts())
+        logs.note_answer(self._serving.metrics.model, self._job, self.record, reasons, self._texts if self._is_logged else None)
 
     async def __aiter__(self) -> AsyncGenerator[list[TextDelta], None]:
         try:
@@ -181,8 +181,6 @@ class Generation:
 
     def _texts(self) -> Mapping[str, object]:
         """Prompts, as the model was given them, and answers, as it wrote them, for a log that is to have them."""
-        if not self._serving.deployment.server.log_prompts:
-            return {}
         prompts = [self._serving.tokenizer.text_of(request.prompt_ids) for request in self._job.requests]
         return {"prompts": prompts, "answers": ["".join(answer.texts or ()) for answer in self._answers]}
 
@@ -302,6 +300,15 @@ class _Answer:
             raise InvalidRequest(f"What {asked} asked of the answer became too complex to follow; simplify it.", self._held_by[0])
         self.record.finish_reason = reason.value
         return self._scanner.push(self._detokenizer.flush()) + self._scanner.flush()
+
+
+def _early_end(error: Exception | None) -> str:
+    """How an answer ended that was not finished."""
+    if error is None:
+        return "abort"
+    if isinstance(error, RequestTimeout):
+        return "timeout"
+    return "refused" if isinstance(error, ClientError) else "error"  # refused: what was asked cannot be done, which showed in the middle
 
 
 def _tokens(delta: TokenDelta, pieces: Sequence[str], has_hidden_end: bool) -> list[EmittedToken]:

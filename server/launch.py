@@ -162,6 +162,7 @@ def _uvicorn_config(app: object, settings: ServerSettings) -> uvicorn.Config:
         http=bounded(settings.body_timeout_seconds),
         access_log=False,  # server/logs.py has a line for each request
         timeout_graceful_shutdown=CLOSING_SECONDS,
+        reset_contextvars=True,  # else a request on a connection that was used before has what that one left: its id, its trace
         forwarded_allow_ips="*" if "*" in settings.trusted_proxies else list(settings.trusted_proxies),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,

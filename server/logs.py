@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ _log = logging.getLogger("server.requests")
 
 _PROBED = re.compile(r"/(health|ready|metrics|web/.*)?")  # asked every few seconds, or with the page: no news while they work
 
+Texts = Callable[[], Mapping[str, object]]
+
 
 @dataclass
 class RequestLine:
@@ -34,6 +36,7 @@ class RequestLine:
     code: str | None = None  # of the error that it was answered with, or that ended its stream
     has_failed: bool = False
     answered: Mapping[str, object] = field(default_factory=dict)
+    texts: Texts | None = None
 
     def write(self, scope: Scope) -> None:
         """The request is over."""
@@ -48,13 +51,22 @@ class RequestLine:
             "code": self.code,
             "client": client[0] if client else None,
             **self.answered,
+            **self._read_texts(),
             "total_ms": _milliseconds(time.monotonic() - scope["arrived_at"]),
         }
         _log.log(level, "request", extra={"fields": fields})
 
+    def _read_texts(self) -> Mapping[str, object]:
+        """Nothing where they cannot be had: the answer is finished, and its client must not pay for that."""
+        try:
+            return self.texts() if self.texts is not None else {}
+        except Exception:
+            _log.exception("The texts of a request cannot be logged")
+            return {}
+
     def _level(self, path: str) -> int:
         status = self.status or 0
-        if _PROBED.fullmatch(path) and not 400 <= status < 500:  # /ready is often 503, and says so by a metric
+        if _PROBED.fullmatch(path) and (status < 400 or status == 503):  # /ready is often 503, and says so by a metric
             return logging.DEBUG
         return logging.WARNING if status >= 500 or self.has_failed else logging.INFO
 
@@ -84,13 +96,15 @@ def note_error(code: str) -> None:
         line.code = code
 
 
-def note_answer(model: str, job: Job, record: RequestRecord, reasons: Sequence[str], texts: Mapping[str, object]) -> None:
-    """The engine is done with the request; `reasons` says how, for each answer. `texts` are prompts and answers, or nothing."""
+def note_answer(model: str, job: Job, record: RequestRecord, reasons: Sequence[str], texts: Texts | None) -> None:
+    """The engine is done with the request; `reasons` says how, for each answer. `texts`, asked if the line is written, are
+    prompts and answers."""
     line = _current.get()
     if line is None:  # nobody asks over HTTP
         return
     line.has_failed = bool({"error", "timeout"} & set(reasons))
-    line.answered = {"id": job.id, "model": model, "preset": job.preset, "stream": job.is_stream, **_numbers_of(record, reasons), **texts}
+    line.answered = {"id": job.id, "model": model, "preset": job.preset, "stream": job.is_stream, **_numbers_of(record, reasons)}
+    line.texts = texts
 
 
 def _numbers_of(record: RequestRecord, reasons: Sequence[str]) -> dict[str, object]:

@@ -260,5 +260,5 @@ class RequestMetrics:
         for objective in (*self._objectives.seconds, "all"):
             for result in ("met", "missed"):
                 self._book.counters["objective_requests"].labels(*self._labels, objective, result)
-        for reason in ("stop", "length", "abort", "timeout", "error"):
+        for reason in ("stop", "length", "abort", "refused", "timeout", "error"):
             self._book.counters["requests"].labels(*self._labels, reason)

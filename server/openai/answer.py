@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
 from engine.request import TokenLogprobs
 from server.deps import Serving
@@ -67,7 +67,7 @@ async def answer(job: Job, serving: Serving, shape: Shape, request: Request) -> 
         events = _events(generation, envelope)
         return EventStream(events, generation, headers, serving.deployment.server.keep_alive_seconds)
     body = await unless_disconnected(request, _collect(generation, envelope))
-    return JSONResponse(body, headers=headers)
+    return Response(body, headers=headers, media_type="application/json")
 
 
 class _Envelope:
@@ -171,7 +171,7 @@ def _origin(token: EmittedToken) -> schema.TokenOrigin:
     )
 
 
-async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, Any]:
+async def _collect(generation: Generation, envelope: _Envelope) -> bytes:
     parts: list[list[TextDelta]] = [[] for _ in generation.record.choices]
     async with generation:
         async for deltas in generation:
@@ -183,14 +183,15 @@ async def _collect(generation: Generation, envelope: _Envelope) -> Mapping[str, 
     return _body(parts, generation.record, envelope)
 
 
-def _body(parts: Sequence[Sequence[TextDelta]], record: RequestRecord, envelope: _Envelope) -> Mapping[str, Any]:
+def _body(parts: Sequence[Sequence[TextDelta]], record: RequestRecord, envelope: _Envelope) -> bytes:
     shape, job = envelope.shape, envelope.job
     tokens = [[token for part in answer for token in part.tokens] for answer in parts]
     choices = [
         envelope.detailed(shape.choice(_whole(place, envelope.echo_of(i), parts[i])), i, tokens[i])
         for place, i in enumerate(_shown(job, tokens))
     ]
-    return envelope.completion(choices, record).model_dump()
+    said = envelope.completion(choices, record).model_dump()
+    return json.dumps(said, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _whole(index: int, echo: str, parts: Sequence[TextDelta]) -> TextDelta:

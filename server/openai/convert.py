@@ -36,6 +36,7 @@ from server.text import LONG_TEXT, texts_in
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _MAX_LOGGED, _LONGEST_NAME = 256, 64  # names of fields, and characters of one
+MAX_SCORED = 2_000_000  # log-probabilities of prompts in one response; each takes a hundred bytes of it, and more until it is written
 
 # Fields that OpenAI, vLLM or llama.cpp know and that would change the answer, and values that ask for nothing. null always does. Some are
 # known to one endpoint and not to the other.
@@ -127,6 +128,7 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
     prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
+    _check_scored(body, prompts)
     held = await held_to_structure(structure_of(body), serving)
     job = _job(body, serving, _Asked(prompts, held), ignored, arrived_at)
     if not body.echo:
@@ -135,6 +137,16 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     echoes = [_Echoed(prompt, ids[:limit]) for prompt, ids in zip(body.prompt, prompts, strict=True)]
     work = length * (8 if job.scores_prompts else 1)  # to find tokens in their text takes longer than to read it
     return replace(job, echoes=await _tokenised(lambda: tuple(echoed.echo(serving, job.scores_prompts) for echoed in echoes), work))
+
+
+def _check_scored(body: CompletionBody, prompts: Sequence[Sequence[int]]) -> None:
+    """Each answer is shown with the scores of its prompt. Raises InvalidRequest."""
+    if not body.echo or body.logprobs is None:
+        return
+    num = sum(map(len, prompts)) * (body.n or 1) * (body.logprobs + 1)
+    if num > MAX_SCORED:
+        what = f"{num} log-probabilities of prompts were asked for (tokens of all prompts times n times logprobs + 1)"
+        raise InvalidRequest(f"{what}; a response has {MAX_SCORED} at most. Ask for fewer at a time.", "logprobs")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_for_people_both_look_alike() -> None:
     lines = run("console")
     (stopped,) = [line for line in lines if "engine.child: " in line]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ERROR engine: engine\.child: The engine stopped at an internal error", stopped)
-    assert lines[lines.index(stopped) + 1] == "Traceback (most recent call last):"
+    assert lines[lines.index(stopped) + 1] == "  Traceback (most recent call last):"
     assert sum("server.requests: [r-1] request" in line for line in lines) == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from engine.request import FinishReason
 from server.detokenize import beginnings
-from server.openai import answer
+from server.openai import answer, convert
 from server.text import TextTokenizer
 from tests.fakes import Part
 from tests.server.conftest import Served, build_tokenizer, chunks_of, error_of, serve
@@ -118,6 +118,17 @@ async def test_prompts_that_cannot_be_run(served: Served, prompt: Any) -> None:
     assert all(token < 1024 for token in served.app.state.serving.tokenizer._token_texts), "a client's numbers would fill the memory"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_has_so_many_log_probabilities_of_prompts(served: Served, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr(convert, "MAX_SCORED", 60)
+    fields: dict[str, Any] = {"prompt": IDS, "n": 2, "max_tokens": 1, "stream": stream}  # 6 tokens in all
+    assert (await served.complete(echo=True, logprobs=4, **fields)).status_code == 200
+    refused = error_of(await served.complete(echo=True, logprobs=5, **fields), 400)
+    assert refused["param"] == "logprobs"
+    assert refused["message"].startswith("72 log-probabilities of prompts were asked for")
+    assert (await served.complete(logprobs=20, **fields)).status_code == 200, "of the answers alone"
+
+
 # ---------------------------------------------------------------------- where tokens begin
 @pytest.mark.parametrize("text", ["hello world", "🦊 the fox é", "<|im_start|>user\nhello<|im_end|>", " two  spaces\n"])
 def test_tokens_begin_where_their_text_does(text: str) -> None:
@@ -156,7 +167,9 @@ async def test_a_long_prompts_response_is_written_in_a_thread_and_is_the_same(fo
 
     def noted(*args: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return body_of(*args)
+        body = body_of(*args)
+        assert isinstance(body, bytes), "nothing is left to be written outside of the thread"
+        return body
 
     monkeypatch.setattr(answer, "_body", noted)
     async with serve(folder, max_model_len=2000) as served:

@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import httpx
 import pytest
 
 from engine.errors import EngineDead, QueueFull
-from engine.logs import ConsoleFormatter, JsonFormatter
+from engine.logs import ConsoleFormatter, JsonFormatter, quieten
 from engine.request import FinishReason, Round
 from server.launch import _uvicorn_config
-from server.logs import AboutRequests
+from server.logs import AboutRequests, RequestLine
+from server.text import TextTokenizer
 from tests.fakes import FakeEngine, Part
 from tests.server.conftest import Served, make_deployment, serve_socket, until
 from tests.server.test_proxies import launched
@@ -245,6 +246,16 @@ async def test_probes_are_no_news_while_they_work(folder: Path, log: Log) -> Non
         await until(lambda: [line for line in log.lines if line["logger"] == "server.requests"])
 
 
+@pytest.mark.parametrize("path", ["/", "/metrics", "/web/main.js", "/health"])
+def test_a_probe_that_breaks_is_news(log: Log, path: str) -> None:
+    for status in (None, 200, 304, 503):
+        RequestLine("r-1", status).write({"path": path, "method": "GET", "arrived_at": 0.0})
+    assert not log.text
+    RequestLine("r-1", 500).write({"path": path, "method": "GET", "arrived_at": 0.0})
+    (line,) = log.lines
+    assert (line["level"], line["status"]) == ("warning", 500)
+
+
 async def test_at_a_higher_level_answers_are_no_news(over_socket: Served, log: Log) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     await over_socket.complete()
@@ -260,13 +271,38 @@ def test_uvicorn_writes_no_line_of_its_own() -> None:
 
 
 # ---------------------------------------------------------------------- text
-async def test_there_is_no_text_unless_the_deployment_wants_it(over_socket: Served, log: Log) -> None:
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+async def test_there_is_no_text_unless_the_deployment_wants_it(over_socket: Served, log: Log, level: int) -> None:
+    logging.getLogger().setLevel(level)
+    quieten()
     over_socket.say("my answer")
     for stream in (False, True):
         await over_socket.chat("my secret", stream=stream)
-        await log.only()
-        assert "my" not in log.text
+        await until(lambda: '"message": "request"' in log.text)
+        assert not [word for word in ("my", "secret", "data:") if word in log.text]
         log.clear()
+
+
+async def test_texts_are_made_for_a_line_that_is_written_and_cost_no_answer(
+    folder: Path, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def fail(self: TextTokenizer, ids: Sequence[int]) -> str:
+        tried.append(len(ids))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(TextTokenizer, "text_of", fail)
+    async with serving(folder, log_prompts=True) as served:
+        logging.getLogger().setLevel(logging.WARNING)
+        assert (await served.complete([5, 6, 7])).status_code == 200
+        assert not tried
+        logging.getLogger().setLevel(logging.INFO)
+        assert (await served.complete([5, 6, 7])).status_code == 200
+        await until(lambda: len(log.lines) == 2)
+    trouble, line = log.lines
+    assert (trouble["level"], trouble["request_id"]) == ("error", "r-1")
+    assert (line["status"], line["completion_tokens"] > 0, "prompts" in line) == (200, True, False)
 
 
 @pytest.mark.parametrize("stream", [False, True])

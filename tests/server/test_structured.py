@@ -123,6 +123,9 @@ async def test_a_grammar_that_gets_too_complex_ends_as_the_clients_mistake(serve
     response = await served.chat(stream=True, **fields)
     assert response.status_code == 200, "it was not known before"
     assert next(chunk for chunk in chunks_of(response) if "error" in chunk)["error"] == error
+    counted = (await served.http.get("/metrics")).text
+    assert 'finish_reason="refused",model="tiny",preset=""} 3.0' in counted
+    assert 'finish_reason="error",model="tiny",preset=""} 0.0' in counted, "an alert goes by these"
 
 
 async def test_the_sdk_parses_a_pydantic_model(served: Served, tokenizer: TextTokenizer) -> None:

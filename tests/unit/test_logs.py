@@ -124,8 +124,17 @@ def test_nobody_writes_a_line_of_the_console_log_but_us() -> None:
     assert line.isprintable()
     assert "one\\nINFO two\\x1b[2J" in line
     trace = ConsoleFormatter().format(record(exc_info=raised(ValueError("red \x1b[31m"))))
-    assert trace.splitlines()[-1] == "ValueError: red \\x1b[31m"
+    assert trace.splitlines()[-1] == "  ValueError: red \\x1b[31m"
     assert "\x1b" not in trace
+
+
+def test_an_errors_text_is_no_line_of_the_console_log() -> None:
+    head, *trace = ConsoleFormatter().format(record(exc_info=raised(ValueError("one\nINFO forged\r\nINFO again \u202e\u2066")))).splitlines()
+    assert head.endswith("hello")
+    assert all(line.startswith("  ") for line in trace)
+    assert trace[-2:] == ["  INFO forged\\x0d", "  INFO again \\u202e\\u2066"]
+    turned = ConsoleFormatter().format(record("a \u202e b", extra={"fields": {"path": "\u2066x\u202a"}}))
+    assert turned.endswith("a \\u202e b path=\"\\u2066x\\u202a\"")
 
 
 PROGRAM = """
