@@ -100,7 +100,7 @@ def test_a_grammar_is_compiled_once_and_kept_while_it_is_waited_for(monkeypatch:
     assert len(grammars) < len(pairs), "twins share what was compiled"
 
 
-def test_a_grammar_is_begun_before_there_is_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_is_begun_before_there_is_a_place(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, compiling = list[str | None](), Vocabulary.compiling
 
     def noted(vocabulary: Vocabulary, grammar: str) -> object:
@@ -114,6 +114,7 @@ def test_a_grammar_is_begun_before_there_is_a_place(monkeypatch: pytest.MonkeyPa
     core.add(first)
     core.add(second)
     assert grammars == [first.grammar], "with its request"
+    gate.set()
     step_until(core, lambda deltas: any(delta.request_id == first.id for delta in deltas))
     assert grammars == [first.grammar, second.grammar], "while the one in front of it has the place"
 
@@ -148,7 +149,9 @@ def test_a_grammar_that_cannot_be_compiled_ends_one_answer(error: BaseException 
     for request in (unlucky, plain, again):
         core.add(request)
     deltas = step_until(core, lambda deltas: sum(delta.finish_reason is not None for delta in deltas) == 3)
-    tokens = {request.id: tuple(t for d in deltas if d.request_id == request.id for t in d.token_ids) for request in (unlucky, plain, again)}
+    tokens = {
+        request.id: tuple(t for d in deltas if d.request_id == request.id for t in d.token_ids) for request in (unlucky, plain, again)
+    }
     reasons = {delta.request_id: delta.finish_reason for delta in deltas if delta.finish_reason is not None}
     assert (tokens[unlucky.id], reasons[unlucky.id]) == ((), FinishReason.ERROR)
     assert FinishReason.ERROR not in (reasons[plain.id], reasons[again.id])

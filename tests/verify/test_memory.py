@@ -96,8 +96,8 @@ def test_what_is_kept_for_the_next_step_is_given_up_before_the_next_try() -> Non
         note(len(sizes) == 1)
         return False
 
-    for model, what in zip(models, (refuses, looks), strict=True):
-        Wall(what).in_front_of(model)
+    Wall(refuses).in_front_of(models[0])
+    Wall(looks).in_front_of(models[1])
     assert drive(core, asked).tokens == expected(asked)
     before, after = sizes
     assert all(size > 0 for size in before)
