@@ -299,7 +299,8 @@ def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Pa
     kind = choose(source.quantization, dtype, device)
     progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}, {kind.note}")
     model, draft_ids = load(path, dtype, device, cache_dir), read_draft_ids(path, config.vocab_size)
-    stack = DecoderStack(model, kind, draft_ids, lambda shape: choose_attention(runtime.attention, shape, runtime.block_size, progress))
+    block_size = runtime.block_size
+    stack = DecoderStack(model, kind, draft_ids, lambda shape: choose_attention(runtime.attention, shape, block_size, progress), block_size)
     return Member(stack, context_length(config), path, end_token_ids(path))
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from engine.draft.worth import StepWork, WithoutDrafts
@@ -23,6 +24,7 @@ from engine.sampling.logprobs import logprobs_of
 from engine.sched.scheduler import Scheduler, SchedulerCounters
 from engine.sequence import Sequence
 from engine.stats import EngineInfo, StepOutput, StepStats
+from engine.transfer import to_device
 from engine.verify.verifier import Verifier
 
 _log = logging.getLogger(__name__)
@@ -57,7 +59,9 @@ class _Ran:
 def windows_of(logits: Tensor, rows: RowBatch) -> tuple[Tensor, RowBatch]:
     """The rows of the verify windows; nearly always that is all of them, and nothing is copied."""
     windows = rows.windows()
-    return (logits, rows) if len(windows) == len(rows.offsets) else (logits[windows], rows.select(windows))
+    if len(windows) == len(rows.offsets):
+        return logits, rows
+    return logits.index_select(0, to_device(windows, logits.device, torch.long)), rows.select(windows)
 
 
 class EngineCore:

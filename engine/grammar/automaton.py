@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -21,6 +21,7 @@ from engine.sequence import Sequence
 
 Mask = bytes  # a bit a token, the lowest first: what may come next
 _log = logging.getLogger(__name__)
+_STACK_SIZE_LOCK = threading.Lock()  # the size is the whole process's
 
 LONGEST = 128 << 10  # characters of a grammar: what takes the parser longer than a tenth of a second is longer, or fails at its first token
 _STACK = 256 << 20  # bytes: the parser follows references by recursion, and a grammar of that length can have 14,000 in a row
@@ -57,7 +58,7 @@ class Vocabulary:
             return None
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """At the beginning of a text. What is wrong with the grammar is an error of the matcher."""
+        """At the beginning of a text. What is wrong with the grammar is an error of the matcher. Raises NotCompiled."""
         return self.compiling(grammar).result()
 
     def compiling(self, grammar: str) -> _Compiling:
@@ -91,26 +92,44 @@ def _read(text: str, end_token_ids: tuple[int, ...]) -> Vocabulary | None:
     return Vocabulary(tokenizer, end_token_ids) if end_token_ids else None
 
 
+class NotCompiled(Exception):
+    """Why a grammar could not be compiled that may be right: no memory for it, or a mistake of the library."""
+
+
 class _Compiling:
     """Work that is done in a thread with room for recursion: one that runs out of it ends the process."""
 
     def __init__(self, work: Callable[[], LLMatcher]):
-        self._results: list[LLMatcher] = []
-        before = threading.stack_size(_STACK)
+        self._work = work
+        self._outcome: LLMatcher | BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="grammar", daemon=True)
+        with _STACK_SIZE_LOCK:
+            before = threading.stack_size(_STACK)
+            try:
+                self._thread.start()
+            except (RuntimeError, MemoryError) as error:  # no room for its stack
+                self._outcome = error
+            finally:
+                threading.stack_size(before)
+
+    def _run(self) -> None:
         try:
-            self._thread = threading.Thread(target=lambda: self._results.append(work()), name="grammar", daemon=True)
-            self._thread.start()
-        finally:
-            threading.stack_size(before)
+            self._outcome = self._work()
+        except BaseException as error:  # noqa: BLE001  # a panic of the library is no Exception; whoever asks for the result gets it
+            self._outcome = error
 
     @property
     def is_done(self) -> bool:
         return not self._thread.is_alive()
 
     def result(self) -> LLMatcher:
-        """Waits for it."""
-        self._thread.join()
-        return self._results[0]
+        """Waits for it. Raises NotCompiled."""
+        if self._thread.is_alive():
+            self._thread.join()
+        if isinstance(self._outcome, BaseException):
+            raise NotCompiled(f"{type(self._outcome).__name__}: {self._outcome}") from self._outcome
+        assert self._outcome is not None
+        return self._outcome
 
 
 @dataclass(slots=True)
@@ -135,24 +154,40 @@ class Automata:
         self._vocab_size = vocab_size
         self._runs: WeakKeyDictionary[Sequence, _Run] = WeakKeyDictionary()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the newest last
-        self._compiling: tuple[str, _Compiling] | None = None  # one at a time, or nothing would be left for the steps
+        self._compiling: tuple[Sequence, _Compiling] | None = None  # one at a time, or nothing would be left for the steps
+        self._lost: WeakSet[Sequence] = WeakSet()  # whose grammar could not be compiled
 
     def is_ready(self, seq: Sequence) -> bool:
         """Whether a sequence can be asked about without delay. A grammar that is not known is compiled from now on, beside the steps: who
         wants it waits, and nobody else does."""
         grammar = seq.request.grammar
-        if grammar is None or seq in self._runs:
+        if grammar is None or seq in self._runs or seq in self._lost:
             return True
         if self._compiling is not None and self._compiling[1].is_done:
-            self._keep(self._compiling[0], self._compiling[1].result())
+            first, compiling = self._compiling
             self._compiling = None
+            self._finish(first, compiling)
+        if seq in self._lost:
+            return True
         if grammar in self._compiled:
             self._runs[seq] = _Run(self._copy(grammar))
             return True
         if self._compiling is None:
             assert self._vocabulary is not None
-            self._compiling = grammar, self._vocabulary.compiling(grammar)
+            self._compiling = seq, self._vocabulary.compiling(grammar)
         return False
+
+    def _finish(self, first: Sequence, compiling: _Compiling) -> None:
+        """Keep what was compiled for a sequence. Where it could not be, that one is lost, and whoever else wants it tries anew."""
+        assert first.request.grammar is not None
+        try:
+            self._keep(first.request.grammar, compiling.result())
+        except NotCompiled as error:
+            self._lose(first, error)
+
+    def _lose(self, seq: Sequence, error: NotCompiled) -> None:
+        _log.error("The grammar of request %s could not be compiled, and its answer ends: %s", seq.request.id, error)
+        self._lost.add(seq)
 
     def mask(self, seq: Sequence, drafts: ListLike[int]) -> Mask | None:
         """What may follow the sequence and these drafts; None where there is no grammar or no telling, since a draft cannot stand."""
@@ -176,17 +211,21 @@ class Automata:
         return forced[0] if forced and forced[0] < self._vocab_size else None
 
     def is_broken(self, seq: Sequence) -> bool:
-        """Whether the grammar of a sequence got too complex to follow. Its answer cannot go on."""
+        """Whether the grammar of a sequence got too complex to follow, or could not be compiled. Its answer cannot go on."""
         run = self._runs.get(seq)
-        return run is not None and run.is_broken
+        return seq in self._lost or (run is not None and run.is_broken)
 
     def _at(self, seq: Sequence, drafts: ListLike[int]) -> _Run | None:
         """The run of a sequence, moved behind these drafts; None where it cannot be."""
-        if seq.request.grammar is None:
+        if seq.request.grammar is None or seq in self._lost:
             return None
         run = self._runs.get(seq)
         if run is None:
-            run = self._runs[seq] = _Run(self._copy(seq.request.grammar))
+            try:
+                run = self._runs[seq] = _Run(self._copy(seq.request.grammar))
+            except NotCompiled as error:
+                self._lose(seq, error)
+                return None
         if run.is_broken:
             return None
         is_there = _moved(run, seq, drafts)
@@ -204,7 +243,11 @@ class Automata:
         assert seq.request.grammar is not None
         answer = seq.tokens[len(seq.request.prompt_ids) :]
         self._compiled.pop(seq.request.grammar, None)
-        run.matcher = self._copy(seq.request.grammar)
+        try:
+            run.matcher = self._copy(seq.request.grammar)
+        except NotCompiled as error:
+            self._lose(seq, error)
+            return False
         run.num_settled, run.path, run.masks = len(answer), [], {}
         run.is_broken = run.renewed_at == len(answer) or run.matcher.try_consume_tokens(answer) < len(answer) or run.matcher.is_error()
         run.renewed_at = len(answer)

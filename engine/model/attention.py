@@ -90,7 +90,7 @@ class Attention(Protocol):
 
 
 class AttentionKind(Protocol):
-    """A way to compute attention. Raises whatever its library does where it cannot; choice.py tries it out before it serves."""
+    """A way to compute attention. Raises whatever its library does where it cannot; attention_choice.py tries it out before it serves."""
 
     @property
     def name(self) -> str: ...

@@ -4,6 +4,7 @@ On a GPU: `gpu_memory_fraction` of its memory, less what is in use once the weig
 
     activations     for each row of a pass, what its widest layer holds at once
     distributions   for each row of the verify windows, rows over the vocabulary of both models and of who judges them
+    scores          for each row of a pass, the logits of the target, which a prompt that is scored wants all of
     libraries       a GiB: their workspaces, recorded launches, and what lies between allocations
 
 and, since a step may gather what it attends to, two layers' shares of the cache. On a CPU, whose memory others use as well, it is a
@@ -48,12 +49,13 @@ class Footprint:
 
 
 def reserve_bytes(runtime: RuntimeConfig, max_draft: int, models: ListLike[Footprint]) -> int:
-    """What a step takes at most, about, beside weights and KV. `models` are those of the pair."""
+    """What a step takes at most, about, beside weights and KV. `models` are those of the pair, the target first."""
     num_rows = runtime.max_step_tokens
     num_in_windows = min(num_rows, runtime.max_sequences * (max_draft + 1))
     activations = max(num_rows * m.itemsize * (_STATES * m.hidden_size + _PRODUCTS * m.intermediate_size) for m in models)
     distributions = max(num_in_windows * m.vocab_size * (m.itemsize + 4 * _FLOAT32_ROWS) for m in models)
-    return LIBRARIES + activations + distributions
+    scores = num_rows * models[0].vocab_size * models[0].itemsize  # the copy of the windows among them is in the distributions
+    return LIBRARIES + activations + distributions + scores
 
 
 def kv_budget(runtime: RuntimeConfig, device: torch.device, max_draft: int, models: ListLike[Footprint], weight_bytes: int = 0) -> int:

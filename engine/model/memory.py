@@ -10,9 +10,11 @@ import torch
 
 # for whoever runs the deployment, the keys that decide how much memory it takes
 ADVICE = "lower engine.kv_cache, engine.max_step_tokens or engine.max_sequences, or take a smaller dtype, a quantization or a smaller model"
-# what torch and the libraries under it say where it is no OutOfMemoryError; the last is that of a CPU
+# what torch, Triton and the libraries under torch say where it is no OutOfMemoryError; the last is that of a CPU
 _SIGNS = (
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate",

@@ -9,6 +9,7 @@ model is known by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,7 +38,8 @@ class DecoderStack:
     """A causal language model of the Llama kind, seen as embedding, layers, norm and head.
 
     `windows` are the distinct sliding windows of its layers (None for layers that see everything), `kv_shape` is key-value heads and
-    head dimension of a layer, `attention` the kind that its passes use, `attention_shape` what they ask of it.
+    head dimension of a layer, `attention` the kind that its passes use, `attention_shape` what they ask of it, `block_size` that of the
+    cache for which it was chosen.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class DecoderStack:
         kind: LinearKind = AS_THEY_ARE,
         draft_ids: Tensor | None = None,
         choose_attention: ChooseAttention = lambda _: GATHER,
+        block_size: int = 16,
     ):
         """`model` is a transformers ...ForCausalLM, in eval mode; its layers are rebuilt here, and its own forward is of no use any more.
         `draft_ids` [N] are the tokens that its head is cut to; None for all.
@@ -63,7 +66,7 @@ class DecoderStack:
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
         self.attention_shape = AttentionShape(watch.num_heads, *self.kv_shape, self.windows, self.dtype, self.device)
-        self.attention = choose_attention(self.attention_shape)
+        self.attention, self.block_size = choose_attention(self.attention_shape), block_size
         self._rebuild(watch, kind, self._largest_inputs() if kind.reads_inputs else {})
         self._require_equal(expected, kind)
 
@@ -156,10 +159,11 @@ class DecoderStack:
     def _require_equal(self, expected: Tensor, kind: LinearKind) -> None:
         """The same sequences, packed, must get the logits [N, V] that the model's own forward gave each of them."""
         tolerance = _TOLERANCE[self.dtype] + kind.rounding
-        ids, block_size = self._check_ids(), 16
-        cache = KVCache(self.num_layers, len(ids) * block_size, self.kv_shape, self.dtype, self.device)
-        segments = [Segment([index], 0, len(row)) for index, row in enumerate(ids)]
-        attention = self.attention.over(cache, block_size, self.attention_shape)
+        ids, size = self._check_ids(), self.block_size
+        ends = list(accumulate(-(-len(row) // size) for row in ids))
+        cache = KVCache(self.num_layers, ends[-1] * size, self.kv_shape, self.dtype, self.device)
+        segments = [Segment(range(first, end), 0, len(row)) for row, first, end in zip(ids, [0, *ends], ends, strict=False)]
+        attention = self.attention.over(cache, size, self.attention_shape)
         got = self.logits(self.hidden(torch.cat(ids), attention.context(segments)))
         if self._draft_ids is not None:
             got, expected = got[:, self._draft_ids], expected[:, self._draft_ids]

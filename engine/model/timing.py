@@ -32,11 +32,10 @@ _REPETITIONS = 5
 _BUDGET_SECONDS = 2.0  # no further number of rows is begun behind it; what a large model does not get measured here it learns as it runs
 _WORTH_KEEPING_SECONDS = 0.5
 _FAR_QUICKER = 0.8  # than what was kept
-_BLOCK_SIZE = 16
 
 
 def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path) -> dict[int, float]:
-    """Seconds by rows. `key` says whose they are; processor, threads and torch are added to it.
+    """Seconds by rows. `key` says whose they are; processor, threads, torch and block size are added to it.
 
     Raise "kernels" when passes begin to take another time for the same weights.
     """
@@ -47,6 +46,7 @@ def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path) -
         "kernels": "2",
         "device": device,
         "threads": str(torch.get_num_threads()),
+        "block_size": str(stack.block_size),
         "torch": torch.__version__,
     }
     file = cache_dir / "costs" / f"{hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()[:16]}.json"
@@ -69,8 +69,8 @@ def measure(stack: DecoderStack, sizes: ListLike[int] = MEASURED_ROWS) -> dict[i
 
     The least: what disturbs a pass only ever makes it longer.
     """
-    num_blocks = (_CONTEXT + max(sizes)) // _BLOCK_SIZE + 1
-    model, table = PagedModel(stack, num_blocks, _BLOCK_SIZE), list(range(num_blocks))
+    num_blocks = (_CONTEXT + max(sizes)) // stack.block_size + 1
+    model, table = PagedModel(stack, num_blocks, stack.block_size), list(range(num_blocks))
     found: dict[int, float] = {}
     began = time.perf_counter()
     for rows in sizes:

@@ -1,6 +1,6 @@
 """Attention along block tables by torch's own `varlen_attn` (torch 2.13; float16 and bfloat16, on a GPU).
 
-torch's built-in kernel takes no block tables at the time of writing; FlashAttention 3 (compute capability 9.0) and 4 (10.x) take them where
+torch's built-in kernel takes no block tables in that version; FlashAttention 3 (compute capability 9.0) and 4 (10.x) take them where
 they are installed. They are activated for the whole process then, as torch wants it, so other attention in 16 bits uses them, too. Whether
 the kernel that answers takes blocks of this size is found out when it is tried.
 
@@ -45,6 +45,8 @@ class VarlenAttention:
             return f"it computes in float16 and bfloat16, not in {str(shape.dtype).removeprefix('torch.')}"
         if "block_table" not in inspect.signature(_varlen_attn()).parameters:
             return f"varlen_attn of torch {torch.__version__} takes no block table; that of 2.13 does"
+        if not _has_flash_attention(shape.device):
+            return "torch's own kernel takes no block table; FlashAttention 3 or 4 does, where it is installed for this GPU"
         return None
 
     def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> _VarlenPaged:
@@ -110,13 +112,24 @@ def _varlen_attn() -> Any:
     return varlen_attn
 
 
+def _has_flash_attention(device: torch.device) -> bool:
+    """Whether a FlashAttention was chosen before, or is installed for this device."""
+    from torch.nn import attention
+
+    return attention.current_flash_attention_impl() is not None or _installed(device) is not None
+
+
+def _installed(device: torch.device) -> str | None:
+    """Torch's name for the FlashAttention of this device."""
+    major, _ = torch.cuda.get_device_capability(device)
+    implementation, module = _IMPLEMENTATIONS.get(major, ("", ""))
+    is_there = module and find_spec(module.partition(".")[0]) is not None and find_spec(module) is not None
+    return implementation if is_there else None
+
+
 def _activate(device: torch.device) -> None:
     """Let torch use the FlashAttention that is installed for this device, if none was chosen before."""
     from torch.nn import attention
 
-    if attention.current_flash_attention_impl() is not None:
-        return
-    major, _ = torch.cuda.get_device_capability(device)
-    implementation, module = _IMPLEMENTATIONS.get(major, ("", ""))
-    if module and find_spec(module.partition(".")[0]) is not None and find_spec(module) is not None:
+    if attention.current_flash_attention_impl() is None and (implementation := _installed(device)) is not None:
         attention.activate_flash_attention_impl(implementation)

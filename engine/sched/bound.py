@@ -18,14 +18,15 @@ class StepBound:
         self.now: float = math.inf  # beside the deployment's own limit
         self._patience = _PATIENCE[0]
         self._num_good = 0
+        self._is_raised = False  # by steps that went well, since the last that did not
 
     def shrink(self, num_tried: int) -> bool:
         """A step over so many tokens was too much. False where a single token was, so that there is nothing less."""
         if self.now <= 1:
             return False
-        if self.now < math.inf:
+        if self._is_raised:  # more was tried in vain; the halvings that follow say no more about that
             self._patience = min(_PATIENCE[1], 2 * self._patience)
-        self.now, self._num_good = max(1, num_tried // 2), 0
+        self.now, self._num_good, self._is_raised = max(1, num_tried // 2), 0, False
         return True
 
     def note_good(self, limit: int) -> None:
@@ -34,6 +35,6 @@ class StepBound:
             return
         self._num_good += 1
         if self._num_good >= self._patience:
-            self.now, self._num_good = 2 * self.now, 0
+            self.now, self._num_good, self._is_raised = 2 * self.now, 0, True
         if self.now >= limit:
-            self.now, self._patience = math.inf, _PATIENCE[0]
+            self.now, self._patience, self._is_raised = math.inf, _PATIENCE[0], False

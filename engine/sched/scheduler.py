@@ -74,7 +74,7 @@ class Scheduler:
     """Owns the sequences and the pool's blocks that they hold."""
 
     def __init__(self, pool: BlockPool, limits: Limits, policy: DraftLengthPolicy, is_ready: Callable[[Sequence], bool] = lambda seq: True):
-        """`is_ready` says of a sequence that waits whether it may begin; it is asked until it does."""
+        """`is_ready` says of a sequence that waits whether it may begin; it is asked when the sequence comes, and until it does."""
         self.pool = pool
         self._is_ready = is_ready
         self.policy = policy
@@ -110,6 +110,7 @@ class Scheduler:
         for seq in seqs.values():
             insort_right(self.waiting, seq, key=_priority)
         first, *others = seqs.values()
+        self._is_ready(first)  # what has to be made for it is begun now, and not when a place is free
         num_shared = len(request.prompt_ids) // self.pool.block_size
         if others and num_shared:  # hash a long prompt once, not once a choice
             self.pool.key(first, num_shared - 1)
@@ -157,6 +158,8 @@ class Scheduler:
                 break
             del self.waiting[index]
             left -= self._place(seq, left, plan)
+        if index < len(self.waiting):
+            self._is_ready(self.waiting[index])  # nor when it is its turn, where another one was being made ready as it came
         self.waiting_for = self._reasons(index, is_short)
         return budget - left
 

@@ -19,6 +19,7 @@ from engine.model.attention_choice import KINDS, choose_attention, measured, mis
 from engine.model.flashinfer_attention import FlashInferAttention
 from engine.model.paged import PagedModel
 from engine.model.stack import DecoderStack
+from engine.model.timing import measure
 from engine.model.triton_attention import TritonAttention
 from engine.model.varlen_attention import VarlenAttention
 from tests.tiny import ARCHITECTURES, target_model
@@ -119,7 +120,8 @@ def test_on_a_gpu_it_is_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_stack_asks_once_and_its_passes_use_what_was_chosen(architecture: str) -> None:
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_a_stack_asks_once_and_its_passes_use_what_was_chosen(architecture: str, block_size: int) -> None:
     own, asked, calls = target_model(architecture=architecture), [], []
 
     class Counted(GatherAttention):
@@ -131,12 +133,14 @@ def test_a_stack_asks_once_and_its_passes_use_what_was_chosen(architecture: str)
         asked.append(shape)
         return Counted()
 
-    stack = DecoderStack(copy.deepcopy(own), choose_attention=choose)
+    stack = DecoderStack(copy.deepcopy(own), choose_attention=choose, block_size=block_size)
     head_dim = own.model.layers[0].self_attn.head_dim
     assert asked == [AttentionShape(4, 2, head_dim, stack.windows, torch.float64, CPU.device)]
-    assert calls == [16], "at the load"
-    PagedModel(stack, 8, 4)
-    assert calls == [16, 4]
+    assert calls == [block_size], "at the load"
+    measure(stack, (1,))
+    assert calls == 2 * [block_size], "and where its passes are timed"
+    PagedModel(stack, 8, 7)
+    assert calls == [block_size, block_size, 7]
 
 
 def test_a_model_whose_attention_is_wrong_is_refused() -> None:
@@ -156,6 +160,16 @@ def test_what_is_missing_is_said() -> None:
     assert varlen.lacks(gpu) == "it computes in float16 and bfloat16, not in float32"
     if flashinfer.lacks(gpu) != "FlashInfer is not installed here (pip install flashinfer-python)":
         assert flashinfer.lacks(replace(gpu, dtype=torch.float16)) == "its heads have 64, 128, 256 dimensions, and these have 16"
+
+
+def test_varlen_lacks_a_kernel_where_no_flash_attention_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = replace(CPU, device=torch.device("cuda"), dtype=torch.float16)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("engine.model.varlen_attention.find_spec", lambda name: None)
+    said = "torch's own kernel takes no block table; FlashAttention 3 or 4 does, where it is installed for this GPU"
+    assert VarlenAttention().lacks(gpu) == said
+    monkeypatch.setattr("engine.model.varlen_attention.find_spec", lambda name: name)
+    assert VarlenAttention().lacks(gpu) is None
 
 
 def test_what_triton_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

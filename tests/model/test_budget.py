@@ -49,6 +49,8 @@ def test_the_reserve_grows_with_what_a_step_holds() -> None:
     assert reserve(max_step_tokens=4096) > reserve()
     assert reserve(max_sequences=64) > reserve(max_draft=8) > reserve()
     assert reserve(max_sequences=4096) == reserve(max_sequences=512), "a step has no more rows than tokens"
+    logits = 128_256 * 2
+    assert reserve(max_step_tokens=1024) - reserve() > 512 * logits, "a scored prompt wants those of all rows"
 
 
 @pytest.mark.usefixtures("gpu")

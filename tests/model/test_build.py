@@ -61,6 +61,7 @@ def test_a_pair_on_disk_is_served(pair: Path) -> None:
     assert core.info.drafter == f"model:{pair / 'drafter'}"
     assert core.info.vocab_size == VOCAB
     assert core.info.max_model_len == 64
+    assert core._parts.runner._target.stack.block_size == 4, "that of the deployment"
     assert any("Warming up" in line for line in said)
     request = Request(id="x", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=12, seed=5, is_seeded=True))
     assert drive(core, [request]).tokens == {("x", 0): answer(request, naive_target(), naive_drafter())}

@@ -1,5 +1,5 @@
 """A step asks its device for the verdict and, where a policy or a drafter looks at what was drafted, once a pass of the drafter. Nothing
-else waits for a GPU's queue. Shown on the CPU, by what torch is asked for."""
+else waits for a GPU's queue, but for log-probabilities that were asked for. Shown on the CPU, by what torch is asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from engine.transfer import to_device
 from tests.tiny import Setup, drive, make_core
 from tests.verify.requests import seeded
 
+_READS_OF_SCORES = 2  # their values, and the likeliest tokens
 _READS = frozenset({"tolist", "item", "numpy", "cpu", "nonzero", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__"})
 
 
@@ -54,6 +56,12 @@ def unhurried() -> list[Request]:
     return [r for r in seeded() if r.sampling.top_p == 1 and not has_penalty(r.sampling)]
 
 
+def scored() -> Request:
+    """One that wants its prompt scored."""
+    request = unhurried()[0]
+    return msgspec.structs.replace(request, id="scored", sampling=msgspec.structs.replace(request.sampling, num_prompt_logprobs=2))
+
+
 def test_what_waits_is_counted() -> None:
     x = torch.arange(3.0)
     with Waits() as waits:
@@ -76,16 +84,18 @@ def test_what_waits_is_counted() -> None:
 )
 def test_a_step_waits_once_for_its_verdict(setup: Setup, reads_a_pass: int) -> None:
     core = make_core(setup)
-    for request in unhurried():
+    for request in (*unhurried(), scored()):
         core.add(request)
-    num_steps = 0
+    num_steps = num_scoring = 0
     while core.has_work:
         with Waits() as waits:
-            core.step()
-        num_steps += 1
+            output = core.step()
+        num_reads = _READS_OF_SCORES * any(delta.prompt_logprobs for delta in output.deltas)
+        num_steps, num_scoring = num_steps + 1, num_scoring + (num_reads > 0)
         assert not waits.sends
-        assert sum(waits.reads.values()) <= 1 + reads_a_pass * (setup.policy.max + 1)
+        assert sum(waits.reads.values()) <= 1 + reads_a_pass * (setup.policy.max + 1) + num_reads
     assert num_steps > 3
+    assert num_scoring
 
 
 def test_to_device_keeps_what_is_there() -> None:

@@ -81,24 +81,38 @@ def test_what_cannot_be_run_alone_is_given_up_and_all_others_go_on() -> None:
 
 
 def test_what_is_kept_for_the_next_step_is_given_up_before_the_next_try() -> None:
-    core, asked, sizes = make_core(SETUP), requests(2), list[int]()
-    models = target_of(core), drafter_of(core)
+    core, asked = make_core(SETUP), requests(2)
+    models, sizes = (target_of(core), drafter_of(core)), list[list[int]]()
+
+    def note(is_due: bool) -> None:
+        if is_due:
+            sizes.append([model._cache._read.shape[0] for model in models])
 
     def refuses(number: int, _: object) -> bool:
-        if number == 4:
-            sizes.append(models[0]._cache._read.shape[0])
-        if number == 5:
-            sizes.extend(model._cache._read.shape[0] for model in models[:1])
+        note(number == 4)
         return number == 4
 
+    def looks(*_: object) -> bool:  # the first pass of the next try is the drafter's
+        note(len(sizes) == 1)
+        return False
+
     Wall(refuses).in_front_of(models[0])
+    Wall(looks).in_front_of(models[1])
     assert drive(core, asked).tokens == expected(asked)
-    assert sizes[0] > 0
-    assert sizes[1] == 0
+    before, after = sizes
+    assert all(size > 0 for size in before)
+    assert after == [0, 0]
 
 
 @pytest.mark.parametrize(
-    "text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when", "DefaultCPUAllocator: can't allocate memory"]
+    "text",
+    [
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED when",
+        "DefaultCPUAllocator: can't allocate memory",
+    ],
 )
 def test_what_libraries_say_of_it_counts_as_well(text: str) -> None:
     core, asked = make_core(SETUP), requests(2)
@@ -134,6 +148,18 @@ def test_more_is_tried_again_later_and_less_often_where_that_was_in_vain() -> No
     assert bound.shrink(1)
     assert bound.now == 1
     assert not bound.shrink(1), "there is nothing less than a token"
+
+
+def test_the_halvings_of_one_descent_cost_no_patience() -> None:
+    bound, limit, num = StepBound(), 256, 0
+    tried = limit
+    while bound.shrink(tried):
+        tried = int(bound.now)
+    assert bound.now == 1
+    while bound.now < limit:
+        bound.note_good(limit)
+        num += 1
+    assert num <= 8 * 8, "eight doublings, each as soon as at first"
 
 
 # ---------------------------------------------------------------------- behind the clients
