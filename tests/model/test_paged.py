@@ -16,7 +16,7 @@ from engine.draft.ngram import NoDrafter
 from engine.errors import ConfigError, UnsupportedModel
 from engine.model.attention import Segment
 from engine.model.memory import available_bytes
-from engine.model.paged import PagedModel, _filled, kv_bytes_per_token
+from engine.model.paged import PagedModel, rows_run, kv_bytes_per_token
 from engine.model.runner import ModelRunner
 from engine.model.stack import DecoderStack
 from engine.plan import Chunk, RowsWanted, StepPlan
@@ -138,7 +138,7 @@ def test_kv_bytes() -> None:
 
 
 def test_passes_of_few_different_sizes_are_run() -> None:
-    sizes = [_filled(num) for num in range(1, 257)]
+    sizes = [rows_run(num) for num in range(1, 257)]
     assert all(num <= size <= max(4, 1.5 * num) for num, size in enumerate(sizes, 1))
     assert sizes[3:16] == list(range(4, 17)), "what decoding runs is not filled up"
     assert sizes[255] == 256
