@@ -129,12 +129,14 @@ def test_nobody_writes_a_line_of_the_console_log_but_us() -> None:
 
 
 def test_an_errors_text_is_no_line_of_the_console_log() -> None:
-    head, *trace = ConsoleFormatter().format(record(exc_info=raised(ValueError("one\nINFO forged\r\nINFO again \u202e\u2066")))).splitlines()
+    head, *trace = (
+        ConsoleFormatter().format(record(exc_info=raised(ValueError("one\nINFO forged\r\nINFO again \u202e\u2066")))).splitlines()
+    )
     assert head.endswith("hello")
     assert all(line.startswith("  ") for line in trace)
     assert trace[-2:] == ["  INFO forged\\x0d", "  INFO again \\u202e\\u2066"]
     turned = ConsoleFormatter().format(record("a \u202e b", extra={"fields": {"path": "\u2066x\u202a"}}))
-    assert turned.endswith("a \\u202e b path=\"\\u2066x\\u202a\"")
+    assert turned.endswith('a \\u202e b path="\\u2066x\\u202a"')
 
 
 PROGRAM = """
