@@ -104,9 +104,9 @@ class Incarnation:
         return _how(status)
 
     async def _drained(self) -> None:
-        """Wait until nothing has come for a moment, nothing is waiting, and all that came is dealt with."""
+        """Wait until nothing has come for a moment, and all that came is dealt with."""
         num_frames = -1
-        while num_frames != self.num_frames or not self._is_drained or self._line.socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while num_frames != self.num_frames or not self._is_drained:
             num_frames = self.num_frames
             await asyncio.sleep(ARRIVAL_SECONDS)
 

@@ -60,7 +60,7 @@ class RequestLine:
         """Nothing where they cannot be had: the answer is finished, and its client must not pay for that."""
         try:
             return self.texts() if self.texts is not None else {}
-        except Exception:
+        except Exception:  # noqa: BLE001  # whatever it is, it is logged
             _log.exception("The texts of a request cannot be logged")
             return {}
 

@@ -7,17 +7,12 @@ import time
 from typing import Any, cast
 
 import msgspec
-import pytest
 
-from engine.errors import EngineDead
 from engine.incarnation import Incarnation
 from engine.process import FRAMES_AT_ONCE, ProcessClient
 from engine.request import SamplingParams, TokenDelta
 from engine.stats import StepOutput, StepStats
-from engine.streams import DeltaStream
-from engine.supervision import Supervision
 from engine.wire import Report, Stepped
-from tests.process.clients import child_of
 from tests.process.fake import FACTORY, make_config
 from tests.unit.factories import make_request
 
@@ -79,39 +74,4 @@ async def test_what_has_piled_up_arrives_in_order_and_in_parts() -> None:
     for tokens, longest in await answers:
         assert tokens == [i % 256 for i in range(3000)]
         assert 1 < longest <= FRAMES_AT_ONCE
-    await client.close()
-
-
-async def test_what_had_arrived_when_the_process_ended_is_handed_out_first() -> None:
-    """A backlog of hundreds of frames, in a loop that has a lot to do; its last frame says why the engine failed."""
-    client = ProcessClient(make_config(fails_at=400), supervision=Supervision(backoff_seconds=60), factory=FACTORY)
-    await client.start()
-    ends, fails = (client.submit(make_request(id=str(max_tokens), max_tokens=max_tokens)) for max_tokens in (300, 10**6))
-    received: list[int] = []
-
-    async def read(stream: DeltaStream) -> int:
-        num = 0
-        try:
-            async for batch in stream:
-                num += sum(len(delta.token_ids) for delta in batch)
-        finally:
-            received.append(num)
-        return num
-
-    async def keep_busy() -> None:
-        while True:
-            time.sleep(0.01)  # noqa: ASYNC251  # each turn of others takes so long
-            await asyncio.sleep(0)
-
-    child = child_of(client)
-    await asyncio.sleep(0)
-    time.sleep(1.0)  # noqa: ASYNC251  # so that all frames pile up
-    child.kill()
-    child.wait()
-    busy = asyncio.ensure_future(keep_busy())
-    assert await read(ends) == 300
-    with pytest.raises(EngineDead, match=r"internal error \(RuntimeError: boom\)"):
-        await read(fails)
-    assert received == [300, 399]
-    busy.cancel()
     await client.close()
