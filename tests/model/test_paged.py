@@ -16,7 +16,7 @@ from engine.draft.ngram import NoDrafter
 from engine.errors import ConfigError, UnsupportedModel
 from engine.model.attention import Segment
 from engine.model.memory import available_bytes
-from engine.model.paged import PagedModel, rows_run, kv_bytes_per_token
+from engine.model.paged import PagedModel, kv_bytes_per_token, rows_run
 from engine.model.runner import ModelRunner
 from engine.model.stack import DecoderStack
 from engine.plan import Chunk, RowsWanted, StepPlan
