@@ -13,7 +13,17 @@ import torch
 from pydantic import ByteSize
 
 from engine.build import Member, assemble, build
-from engine.config import DrafterConfig, EngineConfig, ModelDrafterConfig, ModelPair, NGramDrafterConfig, NoDrafterConfig, RuntimeConfig
+from engine.config import (
+    DrafterConfig,
+    EngineConfig,
+    FixedLengthConfig,
+    ModelDrafterConfig,
+    ModelPair,
+    NGramDrafterConfig,
+    NoDrafterConfig,
+    RuntimeConfig,
+    SpeculationConfig,
+)
 from engine.request import Request, SamplingParams, SpeculationParams
 from server.settings import load
 from server.text import TextTokenizer
@@ -77,6 +87,7 @@ def test_text_is_that_of_transformers(
     small = Member(DecoderStack(truncated(own_model, 28)), 8192, model_path) if drafter == "model" else None
     config = EngineConfig(
         model=ModelPair(name="smollm2", target=SOURCE, drafter=DRAFTERS[drafter]),
+        speculation=SpeculationConfig(draft_length=FixedLengthConfig(max=4)),  # a drafter of nearly the target's size never pays
         engine=RuntimeConfig(device="cpu", kv_cache=ByteSize(1 << 29), max_step_tokens=128, max_sequences=8),
     )
     sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, stop_token_ids=(2,))
