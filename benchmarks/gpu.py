@@ -16,17 +16,17 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import Environment, environment
+from benchmarks.environment import environment
 from benchmarks.errors import BenchmarkError
 from benchmarks.output import progress_bar, write
-from benchmarks.speed import Bar, BarResult
+from benchmarks.speed import Bar, BarResult, SpeedReport
 from engine.errors import EngineError
 from engine.threads import set_defaults
 from server.cli import one_line_errors
@@ -212,14 +212,9 @@ class GpuBarResult(BarResult, frozen=True, kw_only=True):
         return f"{super().headline} ({self.weights}; predicted {self.predicted:g}{self.unit})"
 
 
-class GpuReport(msgspec.Struct, frozen=True):
-    """What a run leaves behind."""
+class GpuReport(SpeedReport, frozen=True):
+    """The same, of bars on a GPU."""
 
-    benchmark: str
-    headline: tuple[str, ...]
-    environment: Environment
-    target: dict[str, Any]
-    is_quick: bool
     bars: tuple[GpuBarResult, ...]
 
 
@@ -282,7 +277,7 @@ def _measure(name: str, setting: GpuSetting, console: Console) -> GpuBarResult:
             result = _result(name, skipped=str(reason))
         except EngineError as error:
             result = _result(name, failed=str(error))
-        except Exception as error:  # noqa: BLE001  # on a machine that is lent by the minute no bar may cost what the others measured
+        except Exception as error:  # noqa: BLE001  # a mistake in one bar must not cost what the others measured
             _log.exception("%s failed", name)
             result = _result(name, failed=f"{type(error).__name__}: {error}")
     _free()
