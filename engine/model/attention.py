@@ -4,17 +4,17 @@ All sequences of a step are packed into one row [1, N]. A Segment says which pos
 holds; queries of a segment see the earlier positions of their own sequence, in a sliding layer the last `window` of them, and nothing
 else.
 
-GATHER runs on every device: it gathers keys and values and calls scaled_dot_product_attention. Segments of similar size share one call:
-both sides are padded to the largest of their power-of-two class, so padding at most doubles the work. A sliding layer gathers the keys
-that its window reaches and no others; nothing is freed behind a window.
+GATHER runs on every device: it gathers keys and values and calls scaled_dot_product_attention. Segments share a call where padding to the
+largest of them costs less than another call would. A sliding layer gathers the keys that its window reaches and no others; nothing is
+freed behind a window.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -24,9 +24,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from engine.kv.cache import KVCache
+from engine.model.ragged import Ints, Ragged
 from engine.transfer import to_device
 
-Ints = NDArray[np.int64]
+# What a call costs beside its keys, and each key beside those of one query, in keys of one sequence; measured on a CPU of two cores.
+_CALL = 320
+_QUERY = 1 / 12
+_MOST_FOLDED = 8  # queries: with more, torch's kernel fills its products up by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,32 +111,62 @@ class AttentionKind(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Scattered:
+    """Where the queries of a group are in the packed row, if they do not lie there one after another."""
+
+    queries: Tensor  # [G * n] their indices, padded with 0;
+    places: Tensor  # [M] which of these are not padding
+    rows: Tensor  # [M] and what their indices are
+
+
+@dataclass(frozen=True, slots=True)
 class _Group:
     """Segments that share one attention call: G of them, at most n queries and L keys each."""
 
     shape: tuple[int, int]  # G, n
     slots: Tensor  # [G, L] of keys and values; padded with the sequence's own first
     mask: Tensor | None  # [G, 1, n, L] 0 where a query sees a key, else -inf; None where all see all
-    first: int | None  # where its queries begin in the packed row, if they lie there one after another; else None, and
-    queries: Tensor  # [G * n] their indices in the packed row, padded with 0;
-    places: Tensor  # [M] which of these are not padding
-    rows: Tensor  # [M] and what their indices are
+    first: int  # where its queries begin in the packed row
+    scattered: _Scattered | None  # None where they lie there one after another
+    folded_masks: dict[int, Tensor] = field(default_factory=dict)  # by heads that were folded into queries; made for the first layer
 
-    def gather(self, packed: Tensor) -> Tensor:
-        """Its queries [G, heads, n, head_dim] of packed [N, heads, head_dim]."""
+    @property
+    def is_folded(self) -> bool:
+        """Whether query heads that share a key-value head become queries of one head.
+
+        torch's kernel multiplies head by head, and two or three queries of 16 sequences take twice to five times as long so.
+        """
+        return 1 < self.shape[1] <= _MOST_FOLDED
+
+    def gather(self, packed: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor | None]:
+        """Its queries of packed [N, heads, head_dim], and their mask: [G, heads, n, head_dim], or folded, with `num_kv_heads` for heads."""
         num_groups, num_queries = self.shape
-        first = self.first
-        own = packed.index_select(0, self.queries) if first is None else packed[first : first + num_groups * num_queries]
-        return own.view(num_groups, num_queries, *packed.shape[1:]).transpose(1, 2)
+        if self.scattered is None:
+            own = packed[self.first : self.first + num_groups * num_queries]
+        else:
+            own = packed.index_select(0, self.scattered.queries)
+        own = own.view(num_groups, num_queries, *packed.shape[1:])
+        if not self.is_folded:
+            return own.transpose(1, 2), self.mask
+        num_shared = packed.shape[1] // num_kv_heads
+        folded = own.unflatten(2, (num_kv_heads, num_shared)).transpose(1, 2).flatten(2, 3)
+        return folded, self._folded_mask(num_shared)
+
+    def _folded_mask(self, num_shared: int) -> Tensor | None:
+        if self.mask is not None and num_shared not in self.folded_masks:
+            self.folded_masks[num_shared] = self.mask.repeat_interleave(num_shared, 2)
+        return self.folded_masks.get(num_shared)
 
     def scatter(self, attended: Tensor, packed: Tensor) -> None:
-        """Put attended [G, heads, n, head_dim] where its queries were in packed [N, heads, head_dim]."""
-        own = attended.transpose(1, 2).flatten(0, 1)
-        if self.first is None:
-            # index vectors from the host, not booleans: those would wait for the device in every layer
-            packed.index_copy_(0, self.rows, own.index_select(0, self.places))
-        else:
+        """Put what became of those queries where they were in packed [N, heads, head_dim]."""
+        if self.is_folded:
+            attended = attended.unflatten(2, (self.shape[1], -1))
+        own = attended.transpose(1, 2).reshape(-1, *packed.shape[1:])
+        if self.scattered is None:
             packed[self.first : self.first + len(own)] = own
+        else:
+            # index vectors from the host, not booleans: those would wait for the device in every layer
+            packed.index_copy_(0, self.scattered.rows, own.index_select(0, self.scattered.places))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +184,9 @@ class GatherContext:
         output = torch.zeros_like(query, memory_format=torch.contiguous_format)  # rows that only fill up stay zero
         for group in self.groups[asked.window]:
             keys, values = self.cache.read(asked.layer, group.slots)
-            attended = scaled_dot_product_attention(
-                group.gather(query), keys, values, attn_mask=group.mask, scale=asked.scaling, enable_gqa=True
-            )
+            queries, mask = group.gather(query, keys.shape[1])
+            is_grouped = queries.shape[1] > keys.shape[1]
+            attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=asked.scaling, enable_gqa=is_grouped)
             group.scatter(attended, output)
         return output
 
@@ -164,18 +198,43 @@ def paged_context(
 
     `windows` are the distinct ones of the layers that will run: how many positions a query sees, its own included; None for all.
     """
-    store = cache.layers[0]
-    runs = [np.arange(segment.start, segment.end) for segment in segments]
+    device = cache.layers[0].device
     longest = max(segment.end for segment in segments)
     reach = {window: window if window is not None and window < longest else None for window in windows}
-    groups = {window: _groups(segments, window, block_size, store) for window in set(reach.values())}
-    slots = np.concatenate([_slots(segment, run, block_size) for segment, run in zip(segments, runs, strict=True)])
-    positions = np.zeros(max(num_rows, len(slots)), dtype=np.int64)
-    positions[: len(slots)] = np.concatenate(runs)
+    if len(segments) == 1:
+        return _context_of_one(segments[0], block_size, cache, reach, num_rows)
+    ragged = Ragged.of(segments, block_size)
+    groups = {window: _groups(ragged, window, cache.layers[0]) for window in set(reach.values())}
+    positions, slots = ragged.places(num_rows)
+    return GatherContext(
+        cache=cache,
+        positions=to_device(positions, device),
+        slots=to_device(slots[: ragged.num_tokens], device),
+        groups={window: groups[reached] for window, reached in reach.items()},
+    )
+
+
+def _context_of_one(
+    segment: Segment, block_size: int, cache: KVCache, reach: Mapping[int | None, int | None], num_rows: int
+) -> GatherContext:
+    """The same in fewer operations: at one stream each draft needs a context, and none of its numbers is large."""
+    store, end = cache.layers[0], segment.end
+    blocks = np.asarray(segment.block_table[: -(-end // block_size)], dtype=np.int64)
+    slots = to_device((blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)[:end], store.device)
+    positions = np.zeros(max(num_rows, segment.num_tokens), dtype=np.int64)
+    own = positions[: segment.num_tokens]
+    own[:] = np.arange(segment.start, end)
+
+    def group(window: int | None) -> tuple[_Group, ...]:
+        first = segment.first_key(window)
+        hidden = is_hidden(own[None, None, :, None], np.arange(first, end), window) if len(own) > 1 else None
+        return (_Group((1, len(own)), slots[first:].unsqueeze(0), None if hidden is None else _mask(hidden, store), 0, None),)
+
+    groups = {window: group(window) for window in set(reach.values())}
     return GatherContext(
         cache=cache,
         positions=to_device(positions, store.device),
-        slots=to_device(slots, store.device),
+        slots=slots[segment.start :],
         groups={window: groups[reached] for window, reached in reach.items()},
     )
 
@@ -186,49 +245,58 @@ def is_hidden(query: Ints, key: Ints, window: int | None) -> NDArray[np.bool_]:
     return later if window is None else later | (key <= query - window)
 
 
-def _slots(segment: Segment, positions: Ints, block_size: int) -> Ints:
-    table = np.asarray(segment.block_table, dtype=np.int64)
-    return table[positions // block_size] * block_size + positions % block_size
+def _groups(ragged: Ragged, window: int | None, store: Tensor) -> tuple[_Group, ...]:
+    first_keys = ragged.first_keys(window)
+    return tuple(_group(ragged, members, first_keys, window, store) for members in _alike(ragged.nums, ragged.ends - first_keys))
 
 
-def _groups(segments: ListLike[Segment], window: int | None, block_size: int, store: Tensor) -> tuple[_Group, ...]:
-    classes: dict[tuple[int, int], list[tuple[int, Segment]]] = defaultdict(list)
-    offset = 0
-    for segment in segments:
-        num_keys = segment.end - segment.first_key(window)
-        classes[segment.num_tokens.bit_length(), num_keys.bit_length()].append((offset, segment))
-        offset += segment.num_tokens
-    return tuple(_group(members, window, block_size, store) for members in classes.values())
+def _alike(nums: Ints, num_keys: Ints) -> list[Ints]:
+    """Which of S segments share a call: padding, to the most queries and keys of one of them, must cost less than calls of their own."""
+    found: list[list[int]] = []
+    most, most_keys, cost = 0, 0, 0.0  # of the last one found
+    for i in np.lexsort((num_keys, np.frexp(nums)[1])).tolist():  # frexp's exponents are numbers of bits
+        num, keys = int(nums[i]), int(num_keys[i])
+        joint_most, joint_keys, alone = max(most, num), max(most_keys, keys), _cost(1, num, keys)
+        joint = _cost(len(found[-1]) + 1, joint_most, joint_keys) if found else math.inf
+        if joint <= cost + alone:
+            found[-1].append(i)
+            most, most_keys, cost = joint_most, joint_keys, joint
+        else:
+            found.append([i])
+            most, most_keys, cost = num, keys, alone
+    return [np.array(sorted(members)) for members in found]
 
 
-def _group(members: list[tuple[int, Segment]], window: int | None, block_size: int, store: Tensor) -> _Group:
-    num_queries = max(segment.num_tokens for _, segment in members)
-    num_keys = max(segment.end - segment.first_key(window) for _, segment in members)
-    queries = np.zeros((len(members), num_queries), dtype=np.int64)
+def _cost(num_segments: int, num_queries: int, num_keys: int) -> float:
+    return _CALL + num_segments * num_keys * (1 + num_queries * _QUERY)
+
+
+def _group(ragged: Ragged, members: Ints, first_keys: Ints, window: int | None, store: Tensor) -> _Group:
+    """Segments `members` [G] of those whose first keys [S] these are."""
+    nums, starts, first = ragged.nums[members], ragged.starts[members], first_keys[members, None]
+    ends = ragged.ends[members, None]
+    query, key = np.arange(nums.max()), np.arange((ends - first).max())
+    # a stranger's slot could hold an infinity, which a mask does not stop: so what is padding reads the sequence's own first
+    slots = ragged.slots(members[:, None], np.where(first + key < ends, first + key, first))
+    is_query = query < nums[:, None]
     # of queries, counted from the first key of their row; a padded one stands on that key, so that it sees something
-    standing = np.zeros((len(members), num_queries), dtype=np.int64)
-    slots = np.zeros((len(members), num_keys), dtype=np.int64)
-    places = []
-    for row, (offset, segment) in enumerate(members):
-        num, first = segment.num_tokens, segment.first_key(window)
-        queries[row, :num] = np.arange(offset, offset + num)
-        standing[row, :num] = np.arange(segment.start - first, segment.end - first)
-        own = _slots(segment, np.arange(first, segment.end), block_size)
-        slots[row, : len(own)] = own
-        slots[row, len(own) :] = own[0]  # a stranger's slot could hold an infinity, which a mask does not stop
-        places.append(np.arange(row * num_queries, row * num_queries + num))
-    hidden = is_hidden(standing[:, None, :, None], np.arange(num_keys), window)
-    flat, place = queries.reshape(-1), np.concatenate(places)
-    is_run = len(place) == len(flat) and bool((np.diff(flat) == 1).all())
+    standing = np.where(is_query, starts[:, None] - first + query, 0)
+    is_seen = len(query) == 1 and bool((ends - first == len(key)).all())
+    hidden = None if is_seen else is_hidden(standing[:, None, :, None], key, window)
+    offsets = ragged.offsets[members]
+    is_run = bool(is_query.all() and (np.diff(offsets) == len(query)).all())
     return _Group(
-        shape=queries.shape,
+        shape=(len(members), len(query)),
         slots=to_device(slots, store.device),
-        mask=_mask(hidden, store) if hidden.any() else None,
-        first=int(flat[0]) if is_run else None,
-        queries=to_device(flat, store.device),
-        places=to_device(place, store.device),
-        rows=to_device(flat[place], store.device),
+        mask=None if hidden is None else _mask(hidden, store),
+        first=int(offsets[0]),
+        scattered=None if is_run else _scattered(offsets[:, None] + query, is_query, store.device),
     )
+
+
+def _scattered(at: Ints, is_query: NDArray[np.bool_], device: torch.device) -> _Scattered:
+    flat, place = np.where(is_query, at, 0).reshape(-1), np.flatnonzero(is_query)
+    return _Scattered(to_device(flat, device), to_device(place, device), to_device(flat[place], device))
 
 
 def _mask(hidden: NDArray[np.bool_], store: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
-"""A packed row in numbers, on the host: what kernels that follow block tables are told of it."""
+"""A packed row in numbers, on the host: what attention over a paged cache is told of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from engine.model.attention import Ints, Segment
+if TYPE_CHECKING:
+    from engine.model.attention import Segment
+
+Ints = NDArray[np.int64]
 
 _FEWEST_BLOCKS = 16  # columns of a table: kernels are compiled once more for widths that are no multiple of it
 
@@ -47,9 +52,12 @@ class Ragged:
         positions, slots = np.zeros(max(num_rows, num), dtype=np.int64), np.full(max(num_rows, num), -1, dtype=np.int64)
         own = positions[:num]
         own[:] = np.arange(num) + np.repeat(self.starts - self.offsets[:-1], self.nums)
-        blocks = self.tables[np.repeat(np.arange(len(self.nums)), self.nums), own // self.block_size]
-        slots[:num] = blocks * self.block_size + own % self.block_size
+        slots[:num] = self.slots(np.repeat(np.arange(len(self.nums)), self.nums), own)
         return positions, slots
+
+    def slots(self, segments: Ints, positions: Ints) -> Ints:
+        """Where keys and values of positions of segments lie, broadcast together."""
+        return self.tables[segments, positions // self.block_size] * self.block_size + positions % self.block_size
 
     def tiles(self, members: Ints, num_queries: int) -> Ints:
         """[T, 4] the queries of these segments in runs of at most `num_queries`: segment, first row, queries, position of the first.
@@ -65,8 +73,11 @@ class Ragged:
 
     def num_keys(self, members: Ints, window: int | None) -> int:
         """The most keys that queries of one of these segments see together."""
-        first = 0 if window is None else np.maximum(0, self.starts[members] - window + 1)
-        return int((self.ends[members] - first).max())
+        return int((self.ends - self.first_keys(window))[members].max())
+
+    def first_keys(self, window: int | None) -> Ints:
+        """[S] the first position that any query of a segment sees."""
+        return np.zeros_like(self.starts) if window is None else np.maximum(0, self.starts - window + 1)
 
 
 def power_of_two(num: int) -> int:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.kv.cache import KVCache
-from engine.model.attention import Segment, paged_context
+from engine.model.attention import Segment
 from engine.model.index_buffer import IndexBuffer
 from engine.model.ragged import Ragged, power_of_two
 from engine.transfer import to_device
@@ -30,14 +29,13 @@ def some(seed: int, block_size: int) -> list[Segment]:
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 @pytest.mark.parametrize("seed", range(10))
-def test_positions_and_slots_are_those_of_the_gather(seed: int, block_size: int) -> None:
+def test_a_token_is_where_its_block_says(seed: int, block_size: int) -> None:
     segments = some(seed, block_size)
     ragged = Ragged.of(segments, block_size)
-    cache = KVCache(1, 400 * block_size, (1, 1), torch.float32, CPU)
-    want = paged_context(segments, block_size, cache, num_rows=ragged.num_tokens + 3)
+    tokens = [(segment, position) for segment in segments for position in range(segment.start, segment.end)]
     positions, slots = ragged.places(ragged.num_tokens + 3)
-    assert positions.tolist() == want.positions.tolist()
-    assert slots.tolist() == [*want.slots.tolist(), -1, -1, -1]
+    assert positions.tolist() == [*(position for _, position in tokens), 0, 0, 0]
+    assert slots.tolist() == [*(own.block_table[at // block_size] * block_size + at % block_size for own, at in tokens), -1, -1, -1]
     assert all(len(array) == ragged.num_tokens for array in ragged.places(0))
 
 
