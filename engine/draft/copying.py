@@ -35,18 +35,22 @@ class Copying:
         self._doubt = doubt
         self._indexes: dict[Sequence, SuffixIndex] = {}
 
-    def mixed(self, logits: Tensor, seqs: ListLike[Sequence], drafts: ListLike[ListLike[int]]) -> Tensor:
-        """Logits [N, V] of the rows behind N sequences and the drafts of each; changed in place where they are float32 or wider."""
+    def mixed(self, logits: Tensor, seqs: ListLike[Sequence], drafts: ListLike[ListLike[int]]) -> tuple[Tensor, Tensor | None]:
+        """Logits [N, V] of the rows behind N sequences and the drafts of each; changed in place where they are float32 or wider.
+
+        And the logarithm of the sum of exponentials of each of these rows [N], if it had to be found out for all.
+        """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         found = [(row, *copy) for row, (seq, ids) in enumerate(zip(seqs, drafts, strict=True)) if (copy := self._copy(seq, ids))]
-        if found:
-            rows, tokens, odds = zip(*found, strict=True)
-            at = tuple(to_device([rows, tokens], logits.device).unbind())
-            chosen = logits if len(rows) == len(logits) else logits[at[0]]
-            total = chosen.amax(-1) - chosen.softmax(-1).amax(-1).log()  # torch's logsumexp takes ten times as long where most are absent
-            added = to_device([math.log(odd) for odd in odds], logits.device, logits.dtype) + total
-            logits[at] = torch.logaddexp(logits[at], added)
-        return logits
+        if not found:
+            return logits, None
+        rows, tokens, odds = zip(*found, strict=True)
+        at = tuple(to_device([rows, tokens], logits.device).unbind())
+        chosen = logits if len(rows) == len(logits) else logits[at[0]]
+        total = chosen.amax(-1) - chosen.softmax(-1).amax(-1).log()  # torch's logsumexp takes ten times as long where most are absent
+        added = to_device([math.log(odd) for odd in odds], logits.device, logits.dtype) + total
+        logits[at] = torch.logaddexp(logits[at], added)
+        return logits, torch.logaddexp(total, added) if len(rows) == len(logits) else None
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has left the engine."""

@@ -76,20 +76,57 @@ class _Draft:
         self.is_foretold = True
 
 
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """Rows that the next drafts are drawn from."""
+
+    drafts: list[_Draft]
+    places: Tensor  # [N] in the table
+    probs: Tensor  # [N, V]
+
+
 @dataclass(slots=True)
 class _Table:
-    """The batch that is being filled: ids and the numbers that they are drawn with [B, K], rows [B, K + 1, V]."""
+    """The batch that is being filled: ids and the numbers that they are drawn with [B, K + 1], rows [B, K + 1, V]."""
 
     drafts: list[_Draft]  # those that emit
     numbers: Tensor
     ids: Tensor
     probs: Tensor
     logits: Tensor | None  # what a rule reads; None where none of the batch does
+    due: _Due | None = None  # what was stored last
+
+    @property
+    def width(self) -> int:
+        return self.ids.shape[1]
+
+    def places(self, at: ListLike[tuple[int, int]]) -> Tensor:
+        """Rows and columns as one index of the flattened table."""
+        return to_device([row * self.width + column for row, column in at], self.ids.device, torch.long)
 
     def write(self, draft: _Draft, start: int) -> None:
         """Enter the drafts of a row from `start` on, which are known here."""
         if draft.num_drafted > start:
             self.ids[draft.row, start : draft.num_drafted] = to_device(draft.ids[start:], self.ids.device)
+
+    def store(self, drafts: list[_Draft], rows: Rows) -> None:
+        """Enter the next row of each of N drafts."""
+        self.due = _Due(drafts, self.places([(d.row, d.num_drafted) for d in drafts]), rows.probs)
+        self.probs.flatten(0, 1).index_copy_(0, self.due.places, rows.probs)
+        if self.logits is not None and rows.logits is not None:
+            self.logits.flatten(0, 1).index_copy_(0, self.due.places, rows.logits)
+        for draft in drafts:
+            draft.has_row = True
+
+    def draw(self, drafts: list[_Draft]) -> Tensor:
+        """Draw the next draft of each of N, [N]."""
+        due = self.due
+        if due is None or due.drafts != drafts:
+            places = self.places([(d.row, d.num_drafted) for d in drafts])
+            due = _Due(drafts, places, self.probs.flatten(0, 1).index_select(0, places))
+        drawn = draw(due.probs, self.numbers.flatten().index_select(0, due.places))
+        self.ids.view(-1).index_copy_(0, due.places, drawn)
+        return drawn
 
 
 @dataclass(frozen=True)
@@ -220,8 +257,8 @@ class ModelDrafter:
         first = to_device([len(d.seq.tokens) for d in emitting], device, torch.long).view(-1, 1)
         table = _Table(
             drafts=emitting,
-            numbers=uniforms(keys, first + torch.arange(longest, device=device), Purpose.DRAFT),
-            ids=torch.zeros(len(emitting), longest, dtype=torch.long, device=device),
+            numbers=uniforms(keys, first + torch.arange(longest + 1, device=device), Purpose.DRAFT),
+            ids=torch.zeros(len(emitting), longest + 1, dtype=torch.long, device=device),
             probs=torch.zeros(shape, dtype=dtype, device=device),
             logits=torch.zeros(shape, dtype=dtype, device=device) if is_read else None,
         )
@@ -231,8 +268,9 @@ class ModelDrafter:
 
     def _store(self, table: _Table, drafts: list[_Draft], logits: Tensor) -> None:
         """Turn logits [N, V] into the next row q of each of N drafts."""
+        total = None
         if self._copying is not None:
-            logits = self._copying.mixed(logits, [d.seq for d in drafts], [d.ids for d in drafts])
+            logits, total = self._copying.mixed(logits, [d.seq for d in drafts], [d.ids for d in drafts])
         batch = RowBatch(
             seqs=tuple(d.seq for d in drafts),
             offsets=tuple(d.num_drafted for d in drafts),
@@ -240,23 +278,17 @@ class ModelDrafter:
             draft_ids=table.ids,
         )
         rows: Rows = self._distributions.of(logits, batch)
-        at = _places([(d.row, d.num_drafted) for d in drafts], table)
-        table.probs[at] = rows.probs
-        if table.logits is not None and rows.logits is not None:
-            table.logits[at] = rows.logits
-        for draft in drafts:
-            draft.has_row = True
+        table.store(drafts, rows)
         if self._policy.reads_confidence and rows.logits is not None:
             # at temperature 1: a greedy row is always sure of itself
-            for draft, confidence in zip(drafts, rows.logits.softmax(-1).amax(-1).tolist(), strict=True):
+            is_known = total is not None and rows.allowed is None
+            largest = torch.exp(rows.logits.amax(-1) - total) if is_known else rows.logits.softmax(-1).amax(-1)
+            for draft, confidence in zip(drafts, largest.tolist(), strict=True):
                 draft.confidences.append(confidence)
 
     def _extend(self, table: _Table, drafts: list[_Draft]) -> int:
         """Draft one more token for each, and run those behind which a row is wanted. Returns the tokens run or drawn."""
-        at = _places([(d.row, d.num_drafted) for d in drafts], table)
-        drawn = draw(table.probs[at], table.numbers[at])
-        table.ids[at] = drawn
-        self._note(drafts, drawn)
+        self._note(drafts, table.draw(drafts))
         goes_on = self._policy.who_goes_on([self._drafting(d) for d in drafts])
         for draft, is_sure in zip(drafts, goes_on, strict=True):
             draft.is_unsure = not is_sure
@@ -281,10 +313,9 @@ class ModelDrafter:
     def _run(self, table: _Table, drafts: list[_Draft]) -> None:
         """Run the drafts that were made last, for the rows behind them."""
         segments = [Segment(d.seq.block_table, d.computed, d.position - d.computed) for d in drafts]
-        at = [(d.row, i) for d in drafts for i in range(d.computed - len(d.seq.tokens), d.num_drafted)]
-        rows, columns = _places(at, table)
+        places = table.places([(d.row, i) for d in drafts for i in range(d.computed - len(d.seq.tokens), d.num_drafted)])
         ends = accumulate(segment.num_tokens for segment in segments)
-        logits = self._model.forward(segments, table.ids[rows, columns], [end - 1 for end in ends])
+        logits = self._model.forward(segments, table.ids.view(-1).index_select(0, places), [end - 1 for end in ends])
         for draft in drafts:
             draft.computed = draft.position
             draft.num_calls += 1
@@ -295,10 +326,10 @@ class ModelDrafter:
         return Drafting(draft.seq, draft.confidences[: draft.num_drafted], room)
 
     def _batch(self, drafts: list[_Draft], table: _Table) -> DraftBatch:
-        width = table.probs.shape[1]
+        width = table.width
         return DraftBatch(
             lengths=tuple(d.num_drafted for d in table.drafts),
-            ids=table.ids,
+            ids=table.ids[:, :-1],
             kinds=[_padded([*d.kinds, QKind.DENSE if d.has_row else QKind.NONE], width) for d in table.drafts],
             rows=Rows(table.probs, table.logits, allowed=None) if any(d.has_row or QKind.DENSE in d.kinds for d in table.drafts) else None,
             drafter_computed=tuple(d.computed for d in drafts),
@@ -310,12 +341,6 @@ class ModelDrafter:
             num_late_rows=sum(d.num_late for d in drafts),
             predicted_masks=tuple(d.predicted_mask for d in table.drafts),
         )
-
-
-def _places(at: ListLike[tuple[int, int]], table: _Table) -> tuple[Tensor, Tensor]:
-    """Rows and columns of a table, as an index on its device."""
-    rows, columns = to_device(at, table.ids.device).unbind(-1)
-    return rows, columns
 
 
 def _padded(kinds: list[QKind], width: int) -> list[int]:

@@ -45,9 +45,11 @@ def test_rows_are_mixed_as_by_hand() -> None:
             logits = torch.tensor([[draw.gauss(0, 2) for _ in range(6)] for _ in range(2)], dtype=torch.float64)
             seq = make_sequence(tuple(text[:num_tokens]))
             want = [NaiveCopying._mixed(tuple(row.tolist()), tuple(text), doubt) for row in logits]
-            got = copying.mixed(logits.clone(), [seq, seq], [text[num_tokens:]] * 2)
+            got, total = copying.mixed(logits.clone(), [seq, seq], [text[num_tokens:]] * 2)
             torch.testing.assert_close(got.softmax(-1), torch.tensor(want, dtype=torch.float64).softmax(-1), rtol=0, atol=1e-12)
             changed += not torch.equal(got, logits)
+            assert total is None or torch.allclose(total, got.logsumexp(-1), rtol=0, atol=1e-12)
+            assert (total is None) == torch.equal(got, logits), "known wherever something was mixed in"
     assert changed > 50
     assert LENGTHS == (4, 2), "the oracle knows these"
 
