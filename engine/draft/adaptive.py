@@ -15,6 +15,9 @@ those, the likeliest first, whose further drafts raise expected tokens a second,
 confidences (calibration.py). One alone that goes on pays for a whole call. The idea of asking is that of Huang et al., "SpecDec++" (2024);
 here costs set the threshold, and nobody has to.
 
+A drafter that was not asked for a while has the text to read first. That is no call's cost but that of drafting at all, now and then: what
+steps with drafts took beside their calls, on average, is charged to the first draft of a step.
+
 What is foreseen stands in front of all that, and costs no call. So the text is asked, before lengths are chosen, how many of its next
 tokens are: one that a grammar forces has a rate of 1, one that the client predicted a rate of its own, learnt apart from the drafter's, and
 either takes a slot as soon as its row is worth it, however poor the drafter. The drafter's rates are those of its own first, second ...
@@ -45,6 +48,8 @@ _SHARED_MEMORY = 0.995  # of the counts of all
 _PROBES = (8, 256)  # rounds without drafts until one is tried again: at first, and at most; doubled each time that the try was in vain
 _TRYING = 0.01  # share of the time that such tries may be expected to lose
 _TRYING_MEMORY = 0.999  # of what they may lose and did not, at the next step
+_LEAST = 0.02  # survival behind which no row is worth looking at
+_BESIDE_WEIGHT = 0.02  # of a step, in what drafting costs beside its calls
 _MAX_BATCH_BUCKET = 7  # 64 sequences and more
 
 
@@ -77,7 +82,7 @@ class _Round:
 class _Outlook:
     """What drafts of one sequence are worth."""
 
-    survivals: list[float]
+    survivals: list[float]  # as far as they are worth looking at
     num_foreseen: int  # leading drafts that cost no call
     limit: int  # drafts that it may make
 
@@ -114,6 +119,7 @@ class AdaptiveLength(FixedLength):
         self.reads_confidence = drafter is not None
         self._histories: dict[Sequence, _History] = {}
         self._allowance = 0.0  # seconds that tries may lose now
+        self._beside: dict[int, float] = {}  # by batch size: seconds of a step with drafts that its drafter's calls do not explain
 
     @property
     def _target(self) -> PassCosts:
@@ -202,6 +208,9 @@ class AdaptiveLength(FixedLength):
         if timing.num_target_rows:  # else nobody could run
             self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds)
         self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
+        if timing.num_drafter_calls:
+            before, more = self._beside.get(self._bucket, 0.0), timing.drafter_seconds - self._round.drafter_seconds
+            self._beside[self._bucket] = max(0.0, before + _BESIDE_WEIGHT * (more - before))
         # a pass that catches up with many tokens of few sequences says little of one that drafts for as many
         if self._drafter is not None and timing.num_drafter_calls and 2 * timing.num_late_rows <= timing.num_drafter_rows:
             rows = max(1, timing.num_drafter_rows // timing.num_drafter_calls)
@@ -214,15 +223,17 @@ class AdaptiveLength(FixedLength):
     def _best(self, slots: ListLike[tuple[float, int]]) -> int:
         """How many slots to take, given the survival of each and the calls that it needs, beside what is spent in any case."""
         tokens, num_rows, drafter_seconds = self._round.tokens, self._round.num_rows, self._round.drafter_seconds
-        best, best_rate = 0, tokens / (self._target.at(num_rows) + drafter_seconds) if tokens else 0.0
+        seconds = self._target.at  # asked for every slot
+        best, best_rate = 0, tokens / (seconds(num_rows) + drafter_seconds) if tokens else 0.0
         by_depth: dict[int, int] = {}
         for num, (survival, depth) in enumerate(slots, 1):
             tokens += survival
             if depth:
                 before = self._call(by_depth[depth]) if depth in by_depth else 0.0
+                drafter_seconds += 0.0 if by_depth else self._beside.get(self._bucket, 0.0)
                 by_depth[depth] = by_depth.get(depth, 0) + 1
                 drafter_seconds += self._call(by_depth[depth]) - before
-            rate = tokens / (self._target.at(num_rows + num) + drafter_seconds)
+            rate = tokens / (seconds(num_rows + num) + drafter_seconds)
             if rate > best_rate:
                 best, best_rate = num, rate
         return best
@@ -245,8 +256,15 @@ class AdaptiveLength(FixedLength):
         return self._history(seq).rates.predicted.mixed_with(self._predictions.mixed_with(_PREDICTED_RATE))
 
     def _outlook(self, seq: Sequence, limit: int) -> _Outlook:
-        foreseen, own = self._foreseen(seq, limit), self._history(seq).rates.mixed_with(self._priors)
-        return _Outlook(list(accumulate([*foreseen, *own][:limit], mul)), len(foreseen), limit)
+        foreseen = self._foreseen(seq, limit)
+        survivals = list(accumulate(foreseen, mul))
+        survival = survivals[-1] if survivals else 1.0
+        for rate, prior in zip(self._history(seq).rates.own, self._priors[: limit - len(foreseen)], strict=False):
+            survival *= rate.mixed_with(prior)
+            survivals.append(survival)
+            if survival < _LEAST:
+                break
+        return _Outlook(survivals, len(foreseen), limit)
 
     def _calibration(self, seq: Sequence) -> Calibration:
         key = seq.request.sampling.is_greedy, seq.request.speculation.rule
