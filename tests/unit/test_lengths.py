@@ -290,6 +290,17 @@ def test_tries_lose_a_hundredth_of_the_time_at_most() -> None:
     assert tokens / seconds > 0.98 * 16 / 1.6
 
 
+def test_what_drafting_takes_beside_its_calls_is_charged_to_it() -> None:
+    """A drafter that reads a hundred tokens before each of its drafts: its calls are as quick as ever, and do not pay."""
+    policy, seqs = adaptive(FLAT, {1: 0.1, 64: 0.1}), sequences(4)
+    assert sum(chosen(policy, seqs)) > 0
+    for _ in range(200):
+        chosen(policy, seqs)
+        policy.observe_step(StepTiming(8, 1.0, num_drafter_calls=1, num_drafter_rows=104, num_late_rows=100, drafter_seconds=4.1))
+    assert sum(chosen(policy, seqs)) == 0
+    assert sum(chosen(policy, sequences(1))) > 0, "one alone has not seen it"
+
+
 def test_nobody_is_drafted_for_where_nobody_is_or_nothing_may_be_drafted() -> None:
     assert not AdaptiveLength(0, PassCosts(FLAT), PassCosts(FLAT)).expects_drafts(3)
     assert not AdaptiveLength(4, PassCosts({}), PassCosts({})).expects_drafts(0)
