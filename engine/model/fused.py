@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.errors import UnsupportedModel
 from engine.model.attention import LayerAttention, PagedContext
-from engine.model.layer_math import LayerMath, RotatedHeads, Rotary
+from engine.model.layer_math import LayerMath, Rotary, RotatedHeads
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _NORMS = frozenset({"q_norm", "k_norm"})

@@ -25,6 +25,10 @@ class RotatedHeads:
     q_norm: nn.Module | None = None  # of each head, in front of the rotation; both or neither
     k_norm: nn.Module | None = None
 
+    def parts(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of heads [N, queries + 2 * keys, head_dim]."""
+        return heads[:, : self.num_queries], heads[:, self.num_queries : -self.num_keys], heads[:, -self.num_keys :]
+
 
 class LayerMath(Protocol):
     """A way to compute it. What it makes are modules, which hold the weights that they need."""
@@ -46,7 +50,7 @@ class LayerMath(Protocol):
 
 
 def signed(cosines: Tensor, sines: Tensor) -> Rotary:
-    """Rotary tables [1, N, head_dim] of transformers in the form that `rotate_` takes: the sign of the half that a sine multiplies in it."""
+    """Rotary tables [1, N, head_dim] of transformers as `rotate_` takes them, a sine with the sign of the half that it multiplies."""
     half = sines.shape[-1] // 2
     return cosines[0].unsqueeze(1), torch.cat((-sines[0, :, :half], sines[0, :, half:]), -1).unsqueeze(1)
 
@@ -106,15 +110,15 @@ def quick_norm(own: nn.Module) -> QuickNorm | OwnNorm:
 class _Rotation(nn.Module):
     def __init__(self, of: RotatedHeads):
         super().__init__()
-        self._sizes = (of.num_queries, of.num_keys, of.num_keys)
+        self._of = of
         self.q_norm = None if of.q_norm is None else quick_norm(of.q_norm)
         self.k_norm = None if of.k_norm is None else quick_norm(of.k_norm)
 
     def forward(self, heads: Tensor, rotary: Rotary) -> Tensor:
         if self.q_norm is not None and self.k_norm is not None:
-            queries, keys, values = heads.split(self._sizes, 1)
+            queries, keys, values = self._of.parts(heads)
             heads = torch.cat((self.q_norm(queries), self.k_norm(keys), values), 1)
-        rotate_(heads[:, : -self._sizes[2]], rotary)
+        rotate_(heads[:, : -self._of.num_keys], rotary)
         return heads
 
 

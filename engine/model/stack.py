@@ -2,8 +2,8 @@
 
 No model code is copied: embedding, rotary tables, norms and head are the model's, attention and feed-forward are replaced by those of
 fused.py, layers that are of the plain build by those of plain_layer.py. Early exit and pruning need the loop between the layers, which is
-why it is here and not the model's `forward`. What differs between architectures (windows, rotary tables by layer type, shapes) is read off the modules and their calls; no
-model is known by name.
+why it is here and not the model's `forward`. What differs between architectures (windows, rotary tables by layer type, shapes) is read
+off the modules and their calls; no model is known by name.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.model.layer_math import TORCH, LayerMath, RotatedHeads, Rotary, weight_and_epsilon
+from engine.model.layer_math import TORCH, LayerMath, Rotary, RotatedHeads, weight_and_epsilon
 from engine.model.ragged import power_of_two
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_WIDTH = 1 << 15  # of a norm: its program holds the row
-_HEADS_A_PROGRAM = 4  # they share cosines and sines
+_HALVES = 256  # numbers of the first halves of the heads that a program rotates: whole vectors for each thread of a warp, and shared sines
 _COLUMNS = 1024  # of a row that one program gates
 _NUMBERS_A_WARP = 512  # few, so that one row of a decoding batch is a matter of microseconds
 _SCALES = (1e-3, 0.3, 3.0, 30.0)  # of trial rows; in the first one a norm's epsilon counts
@@ -73,16 +73,18 @@ class TritonRotation(nn.Module):
         super().__init__()
         num_heads, half = of.num_queries + of.num_keys, of.head_dim // 2
         self.weights = nn.Buffer(torch.stack([norm.weight for norm in norms]), persistent=False) if norms else None
-        self._blocks = -(-num_heads // _HEADS_A_PROGRAM)
+        block = power_of_two(half)
+        heads = max(1, _HALVES // block)
+        self._blocks = -(-num_heads // heads)
         self._constants = {
             **_constants(*((norms[0].form, norms[0].epsilon) if norms else (_FORMS[0], 0.0))),
             "NUM_QUERIES": of.num_queries,
             "NUM_HEADS": num_heads,
             "HALF": half,
             "HAS_NORM": norms is not None,
-            "BLOCK_H": _HEADS_A_PROGRAM,
-            "BLOCK_D": power_of_two(half),
-            "num_warps": _num_warps(2 * _HEADS_A_PROGRAM * power_of_two(half)),
+            "BLOCK_H": heads,
+            "BLOCK_D": block,
+            "num_warps": _num_warps(2 * heads * block),
         }
 
     def forward(self, heads: Tensor, rotary: Rotary) -> Tensor:
@@ -131,12 +133,12 @@ class _NormedRotation(nn.Module):
 
     def __init__(self, of: RotatedHeads, norms: tuple[nn.Module, nn.Module]):
         super().__init__()
-        self._sizes = (of.num_queries, of.num_keys, of.num_keys)
+        self._of = of
         self.norms = nn.ModuleList(norms)
         self.rotation = TritonRotation(of, None)
 
     def forward(self, heads: Tensor, rotary: Rotary) -> Tensor:
-        queries, keys, values = heads.split(self._sizes, 1)
+        queries, keys, values = self._of.parts(heads)
         heads = torch.cat((self.norms[0](queries), self.norms[1](keys), values), 1)
         rotated: Tensor = self.rotation(heads, rotary)
         return rotated
@@ -251,10 +253,10 @@ def _are_right(dtype: torch.dtype, device: torch.device) -> bool:
     head_norm = nn.RMSNorm(16, eps=1e-5, device=device, dtype=dtype)
     heads = torch.linspace(-3, 3, 5 * 8 * 16, device=device).sin().view(5, 8, 16).to(dtype)
     tables = [torch.linspace(0, 9, 5 * 8, device=device).view(1, 5, 8).cos().repeat(1, 1, 2).to(dtype) for _ in range(2)]
-    of = RotatedHeads(4, 2, 16, head_norm, head_norm)
-    maths: tuple[LayerMath, ...] = (TritonMath(device, str), TORCH)
+    of, said = RotatedHeads(4, 2, 16, head_norm, head_norm), list[str]()
+    maths: tuple[LayerMath, ...] = (TritonMath(device, said.append), TORCH)
     results = [math.rotation(of)(heads.clone(), math.tables(tables[0], tables[1])) for math in maths]
-    is_known = None not in (triton_norm(norm), triton_norm(head_norm), triton_gating(nn.SiLU(), device))
+    is_known = not said and None not in (triton_norm(norm), triton_gating(nn.SiLU(), device))
     unit = 4 * torch.finfo(dtype).eps
     return is_known and bool(((results[0] - results[1]).abs() <= unit * (1 + results[1].abs())).all())
 

@@ -47,7 +47,7 @@ def test_the_plain_build_is_known_by_what_it_computes(architecture: str, dtype: 
         assert reasons == {None}
 
 
-class _Llama(LlamaDecoderLayer):
+class _Llama(LlamaDecoderLayer):  # type: ignore[misc]  # transformers' classes are untyped
     def __init__(self) -> None:
         super().__init__(tiny_config(), 0)
 
@@ -57,55 +57,55 @@ class _Llama(LlamaDecoderLayer):
 
 
 class _Plain(_Llama):
-    def forward(self, h: Tensor, **called: Any) -> Tensor:
+    def forward(self, h: Tensor, **called: Any) -> Any:
         attended, fed = self.parts(h, called)
         return h + attended + fed
 
 
 class _Multiplied(_Llama):
-    def forward(self, h: Tensor, **called: Any) -> Tensor:
+    def forward(self, h: Tensor, **called: Any) -> Any:
         attended, fed = self.parts(h, called)
         return h + attended + 1.05 * fed
 
 
 class _Parallel(_Llama):
-    def forward(self, h: Tensor, **called: Any) -> Tensor:
+    def forward(self, h: Tensor, **called: Any) -> Any:
         return h + self.parts(h, called)[0] + self.mlp(self.post_attention_layernorm(h))
 
 
 class _OneNorm(_Llama):
-    def forward(self, h: Tensor, **called: Any) -> Tensor:
+    def forward(self, h: Tensor, **called: Any) -> Any:
         h = h + self.parts(h, called)[0]
         return h + self.mlp(self.input_layernorm(h))
 
 
 class _Swapped(_Llama):
-    def forward(self, h: Tensor, **called: Any) -> Tensor:
+    def forward(self, h: Tensor, **called: Any) -> Any:
         h = h + self.self_attn(hidden_states=self.post_attention_layernorm(h), **called)[0]
         return h + self.mlp(self.input_layernorm(h))
 
 
 class _Behind(_Llama):
-    def forward(self, h: Tensor, **called: Any) -> Tensor:
+    def forward(self, h: Tensor, **called: Any) -> Any:
         h = h + self.input_layernorm(self.self_attn(hidden_states=h, **called)[0])
         return h + self.post_attention_layernorm(self.mlp(h))
 
 
 class _Clamped(_Llama):
-    def forward(self, h: Tensor, **called: Any) -> Tensor:
+    def forward(self, h: Tensor, **called: Any) -> Any:
         attended, fed = self.parts(h, called)
         return (h + attended + fed).clamp(-3, 3)
 
 
 class _Residual(_Llama):
-    def forward(self, h: Tensor, **called: Any) -> Tensor:
+    def forward(self, h: Tensor, **called: Any) -> Any:
         normed = self.input_layernorm(h)
         h = normed + self.self_attn(hidden_states=normed, **called)[0]
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class _Pair(_Plain):
-    def forward(self, h: Tensor, **called: Any) -> tuple[Tensor]:  # type: ignore[override]
+    def forward(self, h: Tensor, **called: Any) -> Any:
         return (super().forward(h, **called),)
 
 

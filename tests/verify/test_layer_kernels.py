@@ -1,4 +1,4 @@
-"""The matrix once more with our kernels between products, and those of attention beside them: float32, the naive loop's text, token for token.
+"""The matrix once more with our kernels between products, and those of attention beside them: float32, and the naive loop's text.
 
 They run compiled where there is a CUDA device, else step by step where TRITON_INTERPRET=1 says so (CONTRIBUTING.md).
 """
@@ -77,7 +77,7 @@ def test_every_norm_rotation_and_gate_is_ours(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_those_of_torchs_operations(architecture: str) -> None:
     model = target_model(torch.float32, architecture=architecture)
-    torch.testing.assert_close(logits(model, math(str)), logits(model, TORCH), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model, math(list[str]().append)), logits(model, TORCH), rtol=1e-5, atol=1e-5)
 
 
 def test_weights_of_eight_bits_run_behind_them() -> None:
@@ -107,7 +107,7 @@ def test_greedy_text_is_that_of_the_naive_loop(architecture: str, drafter: str) 
         device=str(DEVICE),
         dtype=torch.float32,
         attention=TritonAttention(2, keys=16) if architecture == "qwen3" else GATHER,
-        math=math(str),
+        math=math(list[str]().append),
     )
     outcome = drive(make_core(setup), requests)
     assert outcome.tokens == want
@@ -133,7 +133,7 @@ def test_a_gpu_gets_them_unasked() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_pass_is_launched_without_waiting_for_the_device(architecture: str) -> None:
     own = copy.deepcopy(target_model(torch.float32, architecture=architecture)).to(DEVICE)
-    model = PagedModel(DecoderStack(own, choose_attention=lambda _: TritonAttention(), math=math(str)), 16, 4)
+    model = PagedModel(DecoderStack(own, choose_attention=lambda _: TritonAttention(), math=math(list[str]().append)), 16, 4)
     for mode in ("default", "error"):  # the first compiles and allocates
         torch.cuda.set_sync_debug_mode(mode)
         try:
