@@ -5,8 +5,12 @@ the width alone decides: a row's bits do not depend on its neighbours. Everythin
 operations round. Strides and widths are constants, which a model has few of; the number of rows is the grid's.
 """
 
+import os
+
 import triton
 import triton.language as tl
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit

@@ -239,6 +239,8 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
         return "Triton is not installed here; torch's builds for CUDA bring it"
     if dtype not in _DTYPES:
         return f"our kernels compute in float32, which is too little for {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda" and not _kernels().IS_INTERPRETED:
+        return "our kernels run on a CUDA device; on a CPU only step by step, with TRITON_INTERPRET=1, for tests"
     try:
         is_right = _are_right(dtype, device)
     except Exception as error:  # noqa: BLE001  # what a compiler of kernels raises is of no class that it documents; it is said, and not served

@@ -15,8 +15,18 @@ from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from engine.model import triton_layer
 from engine.model.layer_math import TORCH, RotatedHeads
-from engine.model.triton_layer import TritonGating, TritonMath, TritonNorm, TritonRotation, triton_gating, triton_norm, why_not
+from engine.model.triton_layer import (
+    TritonGating,
+    TritonMath,
+    TritonNorm,
+    TritonRotation,
+    choose_layer_math,
+    triton_gating,
+    triton_norm,
+    why_not,
+)
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu")
@@ -264,6 +274,20 @@ def test_they_pass_their_own_trial(dtype: torch.dtype) -> None:
 
 def test_float64_is_left_to_torch() -> None:
     assert why_not(torch.float64, DEVICE) == "our kernels compute in float32, which is too little for float64"
+
+
+def test_a_cpu_has_torchs_operations_and_it_goes_unsaid() -> None:
+    assert choose_layer_math(torch.float32, torch.device("cpu"), pytest.fail) is TORCH
+
+
+def test_a_device_without_them_has_torchs_operations_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(triton_layer, "find_spec", lambda _: None)
+    assert choose_layer_math(torch.float32, torch.device("cuda"), said.append) is TORCH
+    assert said == [
+        "Norms, rotation and gating by torch's operations, one after another: "
+        "Triton is not installed here; torch's builds for CUDA bring it"
+    ]
 
 
 def test_kernels_that_fail_or_are_wrong_are_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
