@@ -5,6 +5,7 @@ A rate is compared with what this very device does in the turn beside it; two en
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,12 +35,14 @@ from benchmarks.turns import Rows, Sides, compare, in_turns
 from engine.build import Costs
 from engine.config import AdaptiveLengthConfig, FixedLengthConfig, Quantization
 from engine.errors import ConfigError, SourceError
-from engine.model.layer_math import TORCH
+from engine.model.layer_math import TORCH, LayerMath
 from engine.model.linear import choose
 from engine.model.paged import kv_bytes_per_token
 from engine.model.timing import measure
-from engine.model.triton_layer import why_not
+from engine.model.triton_layer import TritonMath, why_not
 from server.settings import load as load_deployment
+
+_log = logging.getLogger(__name__)
 
 NUM_DRAFT = 5
 FIXED = FixedLengthConfig(max=NUM_DRAFT)
@@ -173,8 +176,12 @@ def fused(setting: GpuSetting) -> Measured:
     if (reason := why_not(shape.dtype, setting.device)) is not None:
         raise BarSkipped(reason)
     few, many = 1, 64
-    stacks = [member(pair.model, math=TORCH).stack, pair.target.stack]
-    sides: Sides[None, dict[int, float]] = Sides(lambda _: None, [lambda _, stack=stack: measure(stack, (few, many)) for stack in stacks])
+
+    def side(by: LayerMath) -> Callable[[int], dict[int, float]]:
+        stack = member(pair.model, math=by).stack
+        return lambda _: measure(stack, (few, many))
+
+    sides = Sides(lambda i: i, [side(TORCH), side(TritonMath(setting.device, _log.info))])
     _warm(sides)
     rows = in_turns(sides, setting.turns(shape.prompts))
     milliseconds = {num: [[[1000 * found[num] for found in row] for row in turn] for turn in rows] for num in (few, many)}
