@@ -90,7 +90,7 @@ def ours(norm: nn.Module) -> TritonNorm:
 
 # ---------------------------------------------------------------------- residual sum and norm
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 48, 577, 1024, 4096])
+@pytest.mark.parametrize("width", [1, 577, 4096])
 @pytest.mark.parametrize("kind", NORMS)
 @torch.inference_mode()
 def test_a_norm_is_the_models_own_behind_a_sum(kind: str, width: int, dtype: torch.dtype) -> None:
@@ -175,7 +175,7 @@ def rotated_by_transformers(heads: Tensor, of: RotatedHeads, cosines: Tensor, si
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [None, "llama", "gemma"])
-@pytest.mark.parametrize(("num_queries", "num_keys", "head_dim"), [(1, 1, 2), (3, 1, 6), (9, 3, 64), (5, 2, 80), (16, 8, 128)])
+@pytest.mark.parametrize(("num_queries", "num_keys", "head_dim"), [(3, 1, 6), (9, 3, 64), (5, 2, 80), (16, 8, 128)])
 @torch.inference_mode()
 def test_queries_and_keys_are_normed_and_rotated_in_place(
     num_queries: int, num_keys: int, head_dim: int, kind: str | None, dtype: torch.dtype
