@@ -171,6 +171,7 @@ class TritonMath:
         queries, keys = self.norm(of.q_norm), self.norm(of.k_norm)
         if isinstance(queries, TritonNorm) and isinstance(keys, TritonNorm) and _of_a_kind(queries, keys, of.head_dim):
             return TritonRotation(of, (queries, keys))
+        self.say("Norms of queries and of keys are not of one kind that our kernels compute: they run one by one in front of the rotation")
         return _NormedRotation(of, (queries, keys))
 
     def gating(self, act_fn: nn.Module) -> nn.Module:

@@ -210,7 +210,18 @@ def test_norms_of_heads_that_are_not_ours_stay_beside_a_rotation_that_is() -> No
     with torch.inference_mode():
         got = math.rotation(of)(heads.clone(), math.tables(cosines, sines))
         torch.testing.assert_close(got, TORCH.rotation(of)(heads, TORCH.tables(cosines, sines)))
-    assert len(said) == 1
+    assert [note.split(" ")[0] for note in said] == ["_Centred", "Norms"]
+
+
+def test_norms_of_two_kinds_stay_in_front_of_the_rotation() -> None:
+    said: list[str] = []
+    of = RotatedHeads(2, 1, 64, norm_of("llama", 64, torch.float32), norm_of("gemma", 64, torch.float32))
+    cosines, sines = tables(3, 64, torch.float32)
+    heads, math = numbers(3, 4, 64), TritonMath(DEVICE, said.append)
+    with torch.inference_mode():
+        got = math.rotation(of)(heads.clone(), math.tables(cosines, sines))
+        torch.testing.assert_close(got, TORCH.rotation(of)(heads, TORCH.tables(cosines, sines)))
+    assert [note.split(" ")[0] for note in said] == ["Norms"]
 
 
 # ---------------------------------------------------------------------- gating
