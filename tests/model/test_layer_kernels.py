@@ -309,3 +309,28 @@ def test_kernels_that_fail_or_are_wrong_are_not_served(monkeypatch: pytest.Monke
     assert why_not(torch.float32, DEVICE) == "our kernels are wrong here"
     monkeypatch.setattr(TritonGating, "forward", fail)
     assert why_not(torch.float32, DEVICE) == "our kernels fail here (OSError: no compiler)"
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+@torch.inference_mode()
+def test_what_a_graph_recorded_of_them_it_computes_again() -> None:
+    dtype, math = torch.bfloat16, TritonMath(DEVICE, pytest.fail)
+    norm, gating = math.norm(norm_of("llama", 576, dtype)), math.gating(nn.SiLU())
+    rotation = math.rotation(RotatedHeads(3, 1, 16, norm_of("llama", 16, dtype), norm_of("llama", 16, dtype)))
+    rotary = math.tables(*tables(4, 16, dtype))
+
+    def inputs(seed: int) -> list[Tensor]:
+        return [numbers(4, *shape, seed=seed, dtype=dtype) for shape in ((576,), (576,), (96,), (5, 16))]
+
+    def computed(h: Tensor, delta: Tensor, joint: Tensor, heads: Tensor) -> list[Tensor]:
+        return [norm(h, delta), gating(joint), rotation(heads, rotary)]
+
+    computed(*inputs(1))  # compiles
+    recorded, graph = inputs(2), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = computed(*recorded)
+    for place, new in zip(recorded, inputs(3), strict=True):
+        place.copy_(new)
+    graph.replay()
+    for got, want in zip(found, computed(*inputs(3)), strict=True):
+        assert torch.equal(got, want)
