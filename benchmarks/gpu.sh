@@ -22,7 +22,7 @@ bars() {
 piece() {
     case $1 in
     tests) timeout 580 "$PYTHON" -m pytest -q -m gpu -W default -p no:cacheprovider $(grep -rl --include='test_*.py' 'mark\.gpu' tests) ;;
-    passes) bars passes decode-1 decode-64 verify-6 idle-32 prefill draft-step int8 fp8 ;;
+    passes) bars passes decode-1 decode-64 verify-6 idle-32 prefill draft-step fused int8 fp8 ;;
     generate) bars generate agreement-0.8 generate generate-assisted agreement-0.7 agreement-0.6 ;;
     lengths) bars lengths adaptive-1 adaptive-8 adaptive-32 adaptive-128 ;;
     text) bars text real-text ;;

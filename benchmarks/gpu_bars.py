@@ -5,6 +5,7 @@ A rate is compared with what this very device does in the turn beside it; two en
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -34,10 +35,14 @@ from benchmarks.turns import Rows, Sides, compare, in_turns
 from engine.build import Costs
 from engine.config import AdaptiveLengthConfig, FixedLengthConfig, Quantization
 from engine.errors import ConfigError, SourceError
+from engine.model.layer_math import TORCH, LayerMath
 from engine.model.linear import choose
 from engine.model.paged import kv_bytes_per_token
 from engine.model.timing import measure
+from engine.model.triton_layer import TritonMath, why_not
 from server.settings import load as load_deployment
+
+_log = logging.getLogger(__name__)
 
 NUM_DRAFT = 5
 FIXED = FixedLengthConfig(max=NUM_DRAFT)
@@ -165,6 +170,26 @@ def quantised(setting: GpuSetting, quantization: Quantization) -> Measured:
     return measured(compare(rows, rate_ratio), sizes | rates(rows) | equal_texts(rows))
 
 
+def fused(setting: GpuSetting) -> Measured:
+    """Time of a pass over one token with torch's operations between products over that with our kernels, of the very same weights."""
+    shape, pair = setting.shape, setting.models.pair
+    if (reason := why_not(shape.dtype, setting.device)) is not None:
+        raise BarSkipped(reason)
+    few, many = 1, 64
+
+    def side(by: LayerMath) -> Callable[[int], dict[int, float]]:
+        stack = member(pair.model, math=by).stack
+        return lambda _: measure(stack, (few, many))
+
+    sides = Sides(lambda i: i, [side(TORCH), side(TritonMath(setting.device, _log.info))])
+    _warm(sides)
+    rows = in_turns(sides, setting.turns(shape.prompts))
+    milliseconds = {num: [[[1000 * found[num] for found in row] for row in turn] for turn in rows] for num in (few, many)}
+    detail = {f"ms_of_{num}": median_of(own, 1) for num, own in milliseconds.items()}
+    others = {f"other_ms_of_{num}": median_of(own, 0) for num, own in milliseconds.items()}
+    return measured(compare(rows, lambda row: row[0][few] / row[1][few]), detail | others)
+
+
 # ---------------------------------------------------------------------- speculation, end to end
 def against_generate(setting: GpuSetting, is_assisted: bool) -> Measured:
     """Tokens a second of the pair over those of transformers' generate over the very same weights, prompts included. One stream."""
@@ -272,6 +297,7 @@ GPU_MEASURES: Mapping[str, Callable[[GpuSetting], Measured]] = {
     "idle-32": lambda setting: idle(setting, 32),
     "prefill": prefill,
     "draft-step": draft_step,
+    "fused": fused,
     "int8": lambda setting: quantised(setting, "int8"),
     "fp8": lambda setting: quantised(setting, "fp8"),
     "generate": lambda setting: against_generate(setting, is_assisted=False),

@@ -10,6 +10,7 @@ said.
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,11 +36,15 @@ from engine.config import (
     RuntimeConfig,
     SpeculationConfig,
 )
+from engine.model.layer_math import LayerMath
 from engine.model.linear import AS_THEY_ARE, LinearKind
 from engine.model.loader import quiet_transformers
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
+from engine.model.triton_layer import choose_layer_math
 from engine.request import SpeculationParams
+
+_log = logging.getLogger(__name__)
 
 RANDOM_WEIGHTS = "random-weights"  # in the place of a source
 _BLOCK_SIZE = 16
@@ -158,10 +163,14 @@ def first_layers(model: Any, num: int) -> Any:
     return small.eval().requires_grad_(False)
 
 
-def member(model: Any, kind: LinearKind = AS_THEY_ARE) -> Member:
-    """The same model for an engine. Weights are shared as far as the engine does not join them, and `model` stays of use."""
+def member(model: Any, kind: LinearKind = AS_THEY_ARE, math: LayerMath | None = None) -> Member:
+    """The same model for an engine. Weights are shared as far as the engine does not join them, and `model` stays of use.
+
+    `math` is what it computes between its products with; None for what a deployment would get.
+    """
     shared = {id(weight): weight for weight in model.parameters()}
-    return Member(DecoderStack(copy.deepcopy(model, shared), kind), model.config.max_position_embeddings, Path(RANDOM_WEIGHTS))
+    math = choose_layer_math(model.dtype, model.device, _log.info) if math is None else math
+    return Member(DecoderStack(copy.deepcopy(model, shared), kind, math=math), model.config.max_position_embeddings, Path(RANDOM_WEIGHTS))
 
 
 def read_bytes(model: Any) -> int:

@@ -52,6 +52,7 @@ from engine.model.runner import ModelRunner
 from engine.model.source import Progress, default_cache_dir, fetch_config, first_line, locate, resolve, silent
 from engine.model.stack import DecoderStack
 from engine.model.timing import pass_seconds
+from engine.model.triton_layer import choose_layer_math
 from engine.plan import Drafter, DraftLengthPolicy, Foresight, LogitsProcessor, Rule
 from engine.request import Choice, FinishReason, Request, SamplingParams
 from engine.sampling.distributions import Distributions
@@ -299,8 +300,10 @@ def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Pa
     kind = choose(source.quantization, dtype, device)
     progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}, {kind.note}")
     model, draft_ids = load(path, dtype, device, cache_dir), read_draft_ids(path, config.vocab_size)
-    block_size = runtime.block_size
-    stack = DecoderStack(model, kind, draft_ids, lambda shape: choose_attention(runtime.attention, shape, block_size, progress), block_size)
+    block_size, math = runtime.block_size, choose_layer_math(dtype, device, progress)
+    stack = DecoderStack(
+        model, kind, draft_ids, lambda shape: choose_attention(runtime.attention, shape, block_size, progress), block_size, math
+    )
     return Member(stack, context_length(config), path, end_token_ids(path))
 
 

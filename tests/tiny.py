@@ -34,6 +34,7 @@ from engine.config import (
 from engine.core import EngineCore
 from engine.grammar.automaton import Vocabulary
 from engine.model.attention import GATHER, AttentionKind
+from engine.model.layer_math import TORCH, LayerMath
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
 from engine.plan import LogitsProcessor, RawRows, RowBatch, Rule
@@ -210,6 +211,7 @@ class Setup:
     device: str = "cpu"
     dtype: torch.dtype = torch.float64
     attention: AttentionKind = GATHER
+    math: LayerMath = TORCH
     vocab: int = VOCAB
     path: Path = Path("target")  # folder with the tokenizer, for tests that have one
     end_token_ids: tuple[int, ...] = ()
@@ -253,13 +255,16 @@ def make_core(setup: Setup) -> EngineCore:
     # the paged attention is set on a shallow copy's config, so that the naive model keeps its own
     own = target_model(setup.dtype, setup.vocab, setup.architecture)
     target = Member(
-        DecoderStack(copy.deepcopy(own).to(setup.device), choose_attention=lambda _: setup.attention), 64, setup.path, setup.end_token_ids
+        DecoderStack(copy.deepcopy(own).to(setup.device), choose_attention=lambda _: setup.attention, math=setup.math),
+        64,
+        setup.path,
+        setup.end_token_ids,
     )
     drafter = None
     if setup.drafter == "model":
         model = copy.deepcopy(drafter_model(setup.dtype, setup.vocab, setup.architecture)).to(setup.device)
         draft_ids = None if setup.drafted is None else torch.tensor(setup.drafted)
-        stack = DecoderStack(model, draft_ids=draft_ids, choose_attention=lambda _: setup.attention)
+        stack = DecoderStack(model, draft_ids=draft_ids, choose_attention=lambda _: setup.attention, math=setup.math)
         drafter = Member(stack, min(64, setup.drafter_context), Path("drafter"))
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(

@@ -1,7 +1,7 @@
 """Triton kernels over the paged KV cache: storing keys and values, attention along block tables, joining parts of it.
 
-The only file that imports Triton, which CUDA builds of torch bring along. With TRITON_INTERPRET=1 the same code runs on a CPU, step by
-step, for tests.
+Beside layer_kernels.py the only file that imports Triton, which CUDA builds of torch bring along. With TRITON_INTERPRET=1 the same code
+runs on a CPU, step by step, for tests.
 
 Words: a tile is a run of queries of one segment, [segment, first row, queries, position of the first]; its queries of the GROUP heads that
 share a key-value head make the rows of one product. A tile of no queries is padding: it reads and writes nothing.

@@ -1,9 +1,9 @@
 """The layer loop: runs a transformers model's own modules on a packed row, one decoder layer after another.
 
-No model code is copied: embedding, rotary tables, layers, norms and head are the model's, attention and feed-forward are replaced within
-their layers by those of fused.py. Early exit and pruning need the loop between the layers, which is why it is here and not the model's
-`forward`. What differs between architectures (windows, rotary tables by layer type, shapes) is read off the modules and their calls; no
-model is known by name.
+No model code is copied: embedding, rotary tables, norms and head are the model's, attention and feed-forward are replaced by those of
+fused.py, layers that are of the plain build by those of plain_layer.py. Early exit and pruning need the loop between the layers, which is
+why it is here and not the model's `forward`. What differs between architectures (windows, rotary tables by layer type, shapes) is read
+off the modules and their calls; no model is known by name.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model.attention import GATHER, AttentionKind, AttentionShape, LayerAttention, PagedContext, Segment
 from engine.model.draft_vocabulary import NEVER
-from engine.model.fused import FusedAttention, FusedMLP, quick_norm, signed
+from engine.model.fused import FusedAttention, FusedMLP
+from engine.model.layer_math import TORCH, LayerMath, weight_and_epsilon
 from engine.model.linear import AS_THEY_ARE, Inputs, LinearKind, joined, some_outputs
 from engine.model.loader import has_rope_by_layer_type
+from engine.model.plain_layer import OwnLayer, PlainLayer, Stream, why_not_plain
 from engine.model.probe import PROBE, PretendedPast, Watch
 
 # largest difference of logits, relative to the largest logit, that is rounding and not a mistake
@@ -49,9 +51,10 @@ class DecoderStack:
         draft_ids: Tensor | None = None,
         choose_attention: ChooseAttention = lambda _: GATHER,
         block_size: int = 16,
+        math: LayerMath = TORCH,
     ):
         """`model` is a transformers ...ForCausalLM, in eval mode; its layers are rebuilt here, and its own forward is of no use any more.
-        `draft_ids` [N] are the tokens that its head is cut to; None for all.
+        `draft_ids` [N] are the tokens that its head is cut to; None for all. `math` computes what lies between products.
 
         Raises UnsupportedModel where the packed loop does not compute what the model's own forward did.
         """
@@ -63,6 +66,7 @@ class DecoderStack:
         self.vocab_size = int(model.lm_head.out_features)  # rows of the full head; may be padded beyond the tokenizer's vocabulary
         self._draft_ids = None if draft_ids is None else draft_ids.to(self.device)
         self._rotary_kinds = _rotary_kinds(model)
+        self._math = math
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
         self.attention_shape = AttentionShape(watch.num_heads, *self.kv_shape, self.windows, self.dtype, self.device)
@@ -81,21 +85,21 @@ class DecoderStack:
 
     def hidden(self, input_ids: Tensor, paged: PagedContext) -> Tensor:
         """Normed hidden states [N, hidden] of a packed row of ids [N]."""
-        h = self.layers(self.embed(input_ids), paged, 0, self.num_layers)
-        return self._body.norm(h)[0]  # type: ignore[no-any-return]  # transformers' modules are untyped
+        return self._body.norm(*self.layers(self.embed(input_ids), paged, 0, self.num_layers))  # type: ignore[no-any-return]
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """States [1, N, hidden] that enter the first layer."""
-        return self._body.embed_tokens(input_ids.unsqueeze(0))  # type: ignore[no-any-return]  # torch and transformers leave it untyped
+    def embed(self, input_ids: Tensor) -> Stream:
+        """States [N, hidden] that enter the first layer."""
+        return self._body.embed_tokens(input_ids.unsqueeze(0))[0], None
 
-    def layers(self, h: Tensor, paged: PagedContext, first: int, end: int) -> Tensor:
-        """States [1, N, hidden] behind layers first, first + 1, ..., end - 1; writes these layers' KV."""
+    def layers(self, stream: Stream, paged: PagedContext, first: int, end: int) -> Stream:
+        """States behind layers first, first + 1, ..., end - 1; overwrites those that come in, and writes these layers' KV."""
         positions = paged.positions.unsqueeze(0)
         kinds = self._rotary_kinds[first:end]
-        rotary = {kind: signed(*self._body.rotary_emb(h, positions, *kind)) for kind in dict.fromkeys(kinds)}
+        states = stream[0].unsqueeze(0)
+        rotary = {kind: self._math.tables(*self._body.rotary_emb(states, positions, *kind)) for kind in dict.fromkeys(kinds)}
         for layer, kind in zip(self._body.layers[first:end], kinds, strict=True):
-            h = layer(h, position_embeddings=rotary[kind], position_ids=positions, attention_mask=None, paged=paged)
-        return h
+            stream = layer(stream, rotary[kind], paged)
+        return stream
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, V] of normed hidden states [R, hidden]."""
@@ -145,12 +149,17 @@ class DecoderStack:
 
         for index, layer in enumerate(self._body.layers):
             call = watch.calls[index]
+            reason = why_not_plain(layer, self._body.embed_tokens.weight)
             asked = LayerAttention(index, call.window, call.scaling)
-            layer.self_attn = FusedAttention(layer.self_attn, asked, call.kv_shape[0], make)
-            layer.mlp = FusedMLP(layer.mlp, make)
+            layer.self_attn = FusedAttention(layer.self_attn, asked, call.kv_shape[0], make, self._math)
+            layer.mlp = FusedMLP(layer.mlp, make, self._math)
             for name, child in list(layer.named_children()):
-                setattr(layer, name, quick_norm(child))
-        self._body.norm = quick_norm(self._body.norm)
+                if weight_and_epsilon(child) is not None:
+                    setattr(layer, name, self._math.norm(child))
+            if reason is not None:
+                self._math.say(f"Layers keep their own forward, which sums and norms one after another: {reason}")
+            self._body.layers[index] = PlainLayer(layer) if reason is None else OwnLayer(layer)
+        self._body.norm = self._math.norm(self._body.norm)
         head = self._model.lm_head
         cut = head if self._draft_ids is None else some_outputs(head, self._draft_ids)
         self._model.lm_head = kind.make(cut, Inputs(largest.get(head)))

@@ -43,7 +43,7 @@ def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path) -
     whose = {
         **key,
         "statistic": "least",
-        "kernels": "2",
+        "kernels": "3",
         "device": device,
         "threads": str(torch.get_num_threads()),
         "block_size": str(stack.block_size),

@@ -82,7 +82,7 @@ def test_all_rows_of_a_chunk_on_request() -> None:
 
 def test_a_stack_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = copy.deepcopy(target_model())
-    monkeypatch.setattr("engine.model.stack.signed", lambda cosines, sines: (cosines[0].unsqueeze(1), sines[0].unsqueeze(1)))
+    monkeypatch.setattr("engine.model.layer_math.signed", lambda cosines, sines: (cosines[0].unsqueeze(1), sines[0].unsqueeze(1)))
     with pytest.raises(UnsupportedModel, match="llama: two packed sequences get other logits"):
         DecoderStack(model)
 
