@@ -23,9 +23,9 @@ from engine.model.draft_vocabulary import NEVER
 from engine.model.fused import FusedAttention, FusedMLP
 from engine.model.layer_math import TORCH, LayerMath, weight_and_epsilon
 from engine.model.linear import AS_THEY_ARE, Inputs, LinearKind, joined, some_outputs
-from engine.model.loader import has_rope_by_layer_type
 from engine.model.plain_layer import OwnLayer, PlainLayer, Stream, why_not_plain
 from engine.model.probe import PROBE, PretendedPast, Watch
+from engine.model.rotary import RotaryTables
 
 # largest difference of logits, relative to the largest logit, that is rounding and not a mistake
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -65,11 +65,11 @@ class DecoderStack:
         self.device: torch.device = model.device
         self.vocab_size = int(model.lm_head.out_features)  # rows of the full head; may be padded beyond the tokenizer's vocabulary
         self._draft_ids = None if draft_ids is None else draft_ids.to(self.device)
-        self._rotary_kinds = _rotary_kinds(model)
         self._math = math
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
         self.attention_shape = AttentionShape(watch.num_heads, *self.kv_shape, self.windows, self.dtype, self.device)
+        self._rotary = RotaryTables(model, self._body.embed_tokens.weight[None, :1], math.tables)
         self.attention, self.block_size = choose_attention(self.attention_shape), block_size
         self._rebuild(watch, kind, self._largest_inputs() if kind.reads_inputs else {})
         self._require_equal(expected, kind)
@@ -93,10 +93,8 @@ class DecoderStack:
 
     def layers(self, stream: Stream, paged: PagedContext, first: int, end: int) -> Stream:
         """States behind layers first, first + 1, ..., end - 1; overwrites those that come in, and writes these layers' KV."""
-        positions = paged.positions.unsqueeze(0)
-        kinds = self._rotary_kinds[first:end]
-        states = stream[0].unsqueeze(0)
-        rotary = {kind: self._math.tables(*self._body.rotary_emb(states, positions, *kind)) for kind in dict.fromkeys(kinds)}
+        kinds = self._rotary.kinds[first:end]
+        rotary = self._rotary.at(paged.positions, kinds)
         for layer, kind in zip(self._body.layers[first:end], kinds, strict=True):
             stream = layer(stream, rotary[kind], paged)
         return stream
@@ -189,10 +187,3 @@ class DecoderStack:
     def _ids(self, num: int, first: int = 1) -> Tensor:
         """Fixed ids [num] from all over the vocabulary, so that a start is repeatable. What is checked is not what is observed."""
         return torch.arange(first, first + num, device=self.device) * 7919 % self.vocab_size
-
-
-def _rotary_kinds(model: Any) -> list[tuple[str, ...]]:
-    """What `rotary_emb` wants to know of each layer: its type where rotary parameters go by layer type, else nothing."""
-    if has_rope_by_layer_type(model.config):
-        return [(kind,) for kind in model.config.layer_types]
-    return [()] * len(model.model.layers)
