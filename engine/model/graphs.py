@@ -70,6 +70,9 @@ class Bucket:
     num_rows: int
     window: int  # tokens of a segment at most
 
+    def __str__(self) -> str:
+        return f"{self.num_rows} rows in windows of up to {self.window}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
@@ -185,9 +188,9 @@ class _Recording:
                 self._add(bucket, num_positions)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
-                    _log.warning("%s of the %s cannot be recorded (%s); no more are", bucket, self._bound.name, first_line(error))
+                    _log.warning("Passes of the %s over %s cannot be recorded (%s); no more are", self._bound.name, bucket, first_line(error))
                     break
-                _log.info("Memory ran out while %s of the %s was recorded", bucket, self._bound.name)
+                _log.info("Memory ran out as passes of the %s over %s were recorded", self._bound.name, bucket)
             if self._taken > self._bound.num_bytes and self.recorded and self.recorded[-1].bucket == bucket:
                 self.recorded.pop()
             if self._taken > self._bound.num_bytes:
