@@ -158,11 +158,6 @@ class SpeculationConfig(Section):
         return rule, DIALS[rule].default if alpha is None else alpha
 
 
-def _off_if_false(value: object) -> object:
-    """YAML takes a plain off for false."""
-    return "off" if value is False else value
-
-
 def _none_if_auto(value: object) -> object:
     return None if value == "auto" else value
 
@@ -181,9 +176,7 @@ class RuntimeConfig(Section):
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="of a GPU's memory, what weights, kv_cache: auto and steps may take")
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; null: what model and kv_cache allow")
     attention: AttentionName = Field("auto", description="auto: gather on a CPU; on a GPU what is fastest there of all that is installed")
-    cuda_graphs: Annotated[CudaGraphs, BeforeValidator(_off_if_false)] = Field(
-        "auto", description="auto: on a GPU, record small passes at the start and repeat them, where attention can be recorded"
-    )
+    cuda_graphs: CudaGraphs = Field("auto", description="auto: on a GPU, record small passes at the start, where attention can be recorded")
     cuda_graph_memory: Annotated[ByteSize, Field(ge=1)] = Field(
         ByteSize(1 << 30), description="what recorded passes of both models may take of a GPU's memory, such as 1GiB"
     )

@@ -1,4 +1,4 @@
-"""Recording with torch's CUDA graphs. The only file that names them."""
+"""Recording with torch's CUDA graphs. The only file that names torch's classes for it, and a private function beside them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from engine.model.memory import gpu_memory
 _WARM_UPS = 2  # compile kernels, choose algorithms and allocate workspaces, none of which may happen while a stream is recorded
 
 
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
 class CudaRecorder:
     """All that it records shares memory, so one recording is to be repeated at a time, and what it leaves is to be read before the next."""
 
@@ -20,8 +23,11 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._is_spoilt = False
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        if self._is_spoilt:
+            raise RuntimeError("an earlier recording could not be ended")
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -31,16 +37,29 @@ class CudaRecorder:
             current.wait_stream(self._stream)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what only warming up needed
-            graph = torch.cuda.CUDAGraph()
-            # not torch.cuda.graph(): where ending fails, that leaves its own stream current
             with torch.cuda.stream(self._stream):
-                # only this thread is watched: others may allocate
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    run()
-                finally:
-                    graph.capture_end()
-        return graph.replay
+                return self._recorded(run).replay
+
+    def _recorded(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Not by torch.cuda.graph(): where ending fails, that leaves its own stream current."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may do what they like
+        try:
+            run()
+        finally:
+            self._end(graph)
+        return graph
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            # torch 2.13 leaves its allocators as they are while something is recorded: the device's would give nothing back any more, the
+            # host's goes on asking this graph whose memory is whose, and neither can begin once more with this pool
+            self._is_spoilt = True
+            _failed.append(graph)
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise
 
     def free_bytes(self) -> int:
         return gpu_memory(self._device)[0]

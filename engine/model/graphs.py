@@ -187,8 +187,11 @@ class _Recording:
             try:
                 self._add(bucket, num_positions)
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
-                    _log.warning("Passes of the %s over %s cannot be recorded (%s); no more are", self._bound.name, bucket, first_line(error))
+                cause = _cause(error)
+                if not is_out_of_memory(cause):
+                    _log.warning(
+                        "Passes of the %s over %s cannot be recorded (%s); no more are", self._bound.name, bucket, first_line(cause)
+                    )
                     break
                 _log.info("Memory ran out as passes of the %s over %s were recorded", self._bound.name, bucket)
             if self._taken > self._bound.num_bytes and self.recorded and self.recorded[-1].bucket == bucket:
@@ -227,9 +230,9 @@ class _Recording:
         return Segment(range(num), 0, num)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Also where recording could not be ended for it."""
-    return is_out_of_memory(error) or (error.__context__ is not None and is_out_of_memory(error.__context__))
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first: where recording fails, so may ending it."""
+    return _cause(error.__context__) if isinstance(error.__context__, RuntimeError) else error
 
 
 def _bar(number: int, total: int) -> str:

@@ -1,4 +1,4 @@
-"""Which passes are recorded, that they give what launched ones give, and what becomes of those that are not. Here a repetition calls again."""
+"""Which passes are recorded, that they give what launched ones give, and what becomes of the others. Here a repetition calls again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.model.attention import GATHER, AttentionKind, Segment
+from engine.model.cuda_graphs import recorder_of
 from engine.model.graphs import ROWS, Bound, Bucket, Passes, buckets
 from engine.model.paged import PagedModel, rows_run
 from engine.model.stack import DecoderStack
@@ -231,3 +232,7 @@ def test_attention_without_fixed_places_is_launched_and_said() -> None:
     assert said == ["No CUDA graphs of the drafter: attention by gather cannot be recorded"]
     assert recorder.num_recorded == 0
     assert model.rows_run(1) == rows_run(1)
+
+
+def test_on_a_cpu_nothing_is_recorded() -> None:
+    assert recorder_of("auto", torch.device("cpu")) is None

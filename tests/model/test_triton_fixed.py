@@ -120,7 +120,7 @@ def test_all_passes_find_their_numbers_where_they_were_recorded() -> None:
         before = places(own.context)
         # as many segments as rows, each as long as a sequence may get
         segments = [Segment(list(range(POSITIONS // BLOCK)), POSITIONS - 1, 1)] * num_rows
-        told = own._write(segments)  # type: ignore[attr-defined]
+        told = own._write(segments)
         assert [tensor.data_ptr() for tensor in told] == [*before[:2], *before[3:], before[2]]
         assert told[0].tolist() == [POSITIONS - 1] * num_rows
         assert fixed.indices._memory.data_ptr() == memory, "nothing was moved"
