@@ -155,7 +155,7 @@ def record(stack: DecoderStack, attention: Attention, passes: Passes, vocab_size
     began, free = time.perf_counter(), recorder.free_bytes()
     fixed = attention.fixed(Room(_next(passes.num_rows), passes.num_positions))
     if fixed is None:
-        bound.say(f"No CUDA graphs of the {bound.name}: attention by {stack.attention.name} cannot be recorded")
+        bound.say(f"No CUDA graphs of the {bound.name}: attention by {stack.attention.name} cannot be recorded, by triton it can")
         return Graphs()
     asked = buckets(passes, fixed.windows)
     ids = torch.arange(asked[0].num_rows, device=stack.device) * 7919 % vocab_size
@@ -207,10 +207,10 @@ class _Recording:
     def _add(self, bucket: Bucket, num_positions: int) -> None:
         """Raises RuntimeError where it cannot be recorded, or gives other logits than the same kernels launched one by one."""
         told, own = self._fixed.make(bucket.num_rows, bucket.window), self.places.logits[: bucket.num_rows]
-        ids, context = self.places.ids[: bucket.num_rows], told.context
+        ids, context, stack = self.places.ids[: bucket.num_rows], told.context, self._stack
 
         def run() -> None:
-            own.copy_(self._stack.logits(self._stack.hidden(ids, context))[:, : own.shape[1]])
+            own.copy_(stack.logits(stack.hidden(ids, context))[:, : own.shape[1]])
 
         told.tell([self._some(bucket, num_positions)])
         repeat = self._recorder.record(run)
