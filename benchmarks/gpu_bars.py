@@ -206,7 +206,7 @@ def _over_none(setting: GpuSetting, goal: float, num_streams: int, length: Fixed
     costs = None
     if isinstance(length, AdaptiveLengthConfig):
         recorder = recorder_of("auto", setting.device)
-        costs = Costs(*(measure(each.stack, recorder=recorder) for each in (pair.target, pair.drafter)))
+        costs = Costs(measure(pair.target.stack, recorder=recorder), measure(pair.drafter.stack, recorder=recorder))
     num_tokens = shape.prompt + shape.answer
     drafting = setting.program(Asked(num_streams, num_tokens, length, costs), pair.drafter)
     plain = setting.program(Asked(num_streams, num_tokens))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -222,7 +223,7 @@ def test_a_recording_that_gives_other_logits_is_not_used(caplog: pytest.LogCaptu
 
     model, _ = recorded(Forgetful())
     assert model.rows_run(1) == rows_run(1)
-    assert "its logits are off by 1.0e+00 of the largest" in caplog.text
+    assert re.search(r"cannot be recorded \(its logits are off by [1-9]\S* of the largest\)", caplog.text)
 
 
 def test_attention_without_fixed_places_is_launched_and_said() -> None:
