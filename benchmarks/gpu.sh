@@ -22,9 +22,9 @@ bars() {
 piece() {
     case $1 in
     tests) timeout 580 "$PYTHON" -m pytest -q -m gpu -W default -p no:cacheprovider $(grep -rl --include='test_*.py' 'mark\.gpu' tests) ;;
-    passes) bars passes decode-1 decode-64 verify-6 idle-32 prefill draft-step fused int8 fp8 ;;
+    passes) bars passes decode-1 decode-64 verify-6 idle-32 prefill draft-step fused int8 fp8 recorded-1 ;;
     generate) bars generate agreement-0.8 generate generate-assisted agreement-0.7 agreement-0.6 ;;
-    lengths) bars lengths adaptive-1 adaptive-8 adaptive-32 adaptive-128 ;;
+    lengths) bars lengths adaptive-1 adaptive-8 adaptive-32 adaptive-128 recorded-drafts ;;
     text) bars text real-text ;;
     *) echo "There is no piece $1; there are tests, passes, generate, lengths and text." >&2 && return 2 ;;
     esac

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu_models import Asked, Ids, member, pass_operations, program_of, read_bytes
+from benchmarks.gpu_models import NONE, Asked, Ids, member, pass_operations, program_of, read_bytes
 from benchmarks.gpu_rates import busy_seconds, copy_rate, matrix_rate, wait_for
 from benchmarks.gpu_setting import GpuSetting, decoding
 from benchmarks.measuring import (
@@ -35,6 +36,7 @@ from benchmarks.turns import Rows, Sides, compare, in_turns
 from engine.build import Costs
 from engine.config import AdaptiveLengthConfig, FixedLengthConfig, Quantization
 from engine.errors import ConfigError, SourceError
+from engine.model.cuda_graphs import recorder_of
 from engine.model.layer_math import TORCH, LayerMath
 from engine.model.linear import choose
 from engine.model.paged import kv_bytes_per_token
@@ -226,7 +228,10 @@ def adaptive(setting: GpuSetting, num_streams: int) -> Measured:
 def _over_none(setting: GpuSetting, goal: float, num_streams: int, length: FixedLengthConfig | AdaptiveLengthConfig) -> Measured:
     shape, pair = setting.shape, setting.models.pair
     found = pair.agree(goal)
-    costs = Costs(measure(pair.target.stack), measure(pair.drafter.stack)) if isinstance(length, AdaptiveLengthConfig) else None
+    costs = None
+    if isinstance(length, AdaptiveLengthConfig):
+        recorder = recorder_of("auto", setting.device)
+        costs = Costs(measure(pair.target.stack, recorder=recorder), measure(pair.drafter.stack, recorder=recorder))
     num_tokens = shape.prompt + shape.answer
     drafting = setting.program(Asked(num_streams, num_tokens, length, costs), pair.drafter)
     plain = setting.program(Asked(num_streams, num_tokens))
@@ -239,6 +244,21 @@ def _over_none(setting: GpuSetting, goal: float, num_streams: int, length: Fixed
     together = in_turns(sides, setting.turns(shape.prompts))
     rows = [[[_as_one(runs) for runs in row] for row in repetition] for repetition in together]
     return measured(compare(rows, rate_ratio), {"streams": num_streams} | found | _drafting(rows))
+
+
+def recorded(setting: GpuSetting, length: FixedLengthConfig | None) -> Measured:
+    """Tokens a second of one stream whose passes are recorded over those of one whose kernels are launched one by one."""
+    shape, pair = setting.shape, setting.models.pair
+    found, drafter = (pair.agree(0.8), pair.drafter) if length else ({}, None)
+    asked = Asked(1, shape.prompt + shape.answer, length or NONE)
+    programs = [setting.program(each, drafter) for each in (asked, replace(asked, is_recorded=False))]
+    sides = Sides(
+        lambda _: setting.prompts(1, shape.prompt)[0],
+        [partial(_answer, program, shape.answer) for program in programs],
+    )
+    _warm(sides)
+    rows = in_turns(sides, setting.turns(shape.prompts))
+    return measured(compare(rows, rate_ratio), found | rates(rows) | equal_texts(rows))
 
 
 def real_text(setting: GpuSetting) -> Measured:
@@ -300,6 +320,8 @@ GPU_MEASURES: Mapping[str, Callable[[GpuSetting], Measured]] = {
     "fused": fused,
     "int8": lambda setting: quantised(setting, "int8"),
     "fp8": lambda setting: quantised(setting, "fp8"),
+    "recorded-1": lambda setting: recorded(setting, None),
+    "recorded-drafts": lambda setting: recorded(setting, FIXED),
     "generate": lambda setting: against_generate(setting, is_assisted=False),
     "generate-assisted": lambda setting: against_generate(setting, is_assisted=True),
     "agreement-0.8": lambda setting: agreement(setting, 0.8),

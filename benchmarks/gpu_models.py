@@ -14,7 +14,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from engine.config import (
     RuntimeConfig,
     SpeculationConfig,
 )
+from engine.model.attention import AttentionKind, AttentionShape
+from engine.model.attention_choice import choose_attention
 from engine.model.layer_math import LayerMath
 from engine.model.linear import AS_THEY_ARE, LinearKind
 from engine.model.loader import quiet_transformers
@@ -164,13 +166,19 @@ def first_layers(model: Any, num: int) -> Any:
 
 
 def member(model: Any, kind: LinearKind = AS_THEY_ARE, math: LayerMath | None = None) -> Member:
-    """The same model for an engine. Weights are shared as far as the engine does not join them, and `model` stays of use.
+    """The same model for an engine, attention as `auto` has it. Weights are shared as far as the engine does not join them; `model` stays
+    of use.
 
     `math` is what it computes between its products with; None for what a deployment would get.
     """
     shared = {id(weight): weight for weight in model.parameters()}
     math = choose_layer_math(model.dtype, model.device, _log.info) if math is None else math
-    return Member(DecoderStack(copy.deepcopy(model, shared), kind, math=math), model.config.max_position_embeddings, Path(RANDOM_WEIGHTS))
+    stack = DecoderStack(copy.deepcopy(model, shared), kind, None, partial(_attention, _log.info), _BLOCK_SIZE, math)
+    return Member(stack, model.config.max_position_embeddings, Path(RANDOM_WEIGHTS))
+
+
+def _attention(say: Callable[[str], None], shape: AttentionShape) -> AttentionKind:
+    return choose_attention("auto", shape, _BLOCK_SIZE, say)
 
 
 def read_bytes(model: Any) -> int:
@@ -230,7 +238,8 @@ class AgreeingPair:
         self.scale(factor)
         num_streams, num_tokens = self._shape.probes
         room = self._shape.prompt + num_tokens
-        program = program_of(self._shape, Asked(num_streams, room, FixedLengthConfig(max=1)), self.target, self.drafter)
+        asked = Asked(num_streams, room, FixedLengthConfig(max=1), is_recorded=False)  # recording would take longer than it saves
+        program = program_of(self._shape, asked, self.target, self.drafter)
         runs = program.answers([self._prompts.new(self._shape.prompt) for _ in range(num_streams)], num_tokens, stops=False)
         return sum(run.num_accepted for run in runs) / sum(run.num_draft for run in runs)
 
@@ -267,6 +276,7 @@ class Asked:
     num_tokens: int  # of each, prompt and answer
     length: LengthConfig = NONE
     costs: Costs | None = None
+    is_recorded: bool = True  # small passes, where there is a GPU
 
 
 def program_of(shape: Shape, asked: Asked, target: Member, drafter: Member | None = None) -> EngineProgram:
@@ -285,6 +295,7 @@ def program_of(shape: Shape, asked: Asked, target: Member, drafter: Member | Non
             max_sequences=asked.num_sequences,
             max_step_tokens=max(shape.chunk, 9 * asked.num_sequences),
             block_size=_BLOCK_SIZE,
+            cuda_graphs="auto" if asked.is_recorded else "off",
             kv_cache=ByteSize(blocks * _BLOCK_SIZE * sum(kv_bytes_per_token(each.stack) for each in members)),
         ),
     )

@@ -6,9 +6,9 @@ Refuses what cannot work before anything is served, naming both sides of an impo
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,9 @@ from engine.kv.block_pool import BlockPool
 from engine.model.attention_choice import choose_attention
 from engine.model.borrowed import lender_of
 from engine.model.budget import Footprint, kv_budget
+from engine.model.cuda_graphs import recorder_of
 from engine.model.draft_vocabulary import read_draft_ids
+from engine.model.graphs import Bound, Passes, Recorder
 from engine.model.linear import choose
 from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
 from engine.model.memory import ADVICE, available_bytes, is_out_of_memory, let_go
@@ -63,6 +65,7 @@ from engine.verify.block import BlockVerifier
 from engine.verify.rules import RULES
 from engine.verify.verifier import Verifier
 
+_DRAFTER_WINDOW = 2  # tokens of a sequence in a pass of the drafter: a draft, and in front of it the one token that it lags by
 VERIFIERS = {"token": Verifier, "block": BlockVerifier}
 
 
@@ -78,10 +81,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a pass of each model, by rows."""
+    """Seconds of a pass of each model, by rows; and how many rows a pass runs."""
 
     target: Mapping[int, float] = field(default_factory=dict)
     drafter: Mapping[int, float] = field(default_factory=dict)
+    target_rows: Callable[[int], int] = rows_run
+    drafter_rows: Callable[[int], int] = rows_run
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class Extras:
     processors: ListLike[LogitsProcessor] = ()
     costs: Costs | None = None
     vocabulary: Vocabulary | None = None  # for grammars; None: that of the target's tokenizer
+    recorder: Recorder | None = None  # of passes; None: the device's own, if the config wants it
+    progress: Progress = silent
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,10 @@ def _build(config: EngineConfig, progress: Progress, cache_dir: Path | None) -> 
         check_pair(_pair_member(config.model.target, target_path), _pair_member(drafter_source, drafter_path))
     target = _load(config.model.target, target_path, config.engine, cache_dir, progress)
     drafter = _load(drafter_source, drafter_path, config.engine, cache_dir, progress) if drafter_source and drafter_path else None
+    recorder = recorder_of(config.engine.cuda_graphs, target.stack.device)
     progress("Warming up")
-    core = assemble(config, target, drafter, Extras(costs=_measured(config, target, drafter, cache_dir or default_cache_dir())))
+    costs = _measured(config, target, drafter, _Measuring(cache_dir or default_cache_dir(), recorder))
+    core = assemble(config, target, drafter, Extras(costs=costs, recorder=recorder, progress=progress))
     _warm_up(core)
     return core
 
@@ -173,9 +182,11 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     automata = Automata(vocabulary, vocab_size)
     distributions = Distributions((*STANDARD, GrammarMasks(automata), *extras.processors))
     foresight = First((Forced(automata.next), Prediction()))
-    policy = make_policy(config, extras.costs, foresight)
     running = PagedModel(target.stack, memory.num_blocks, block_size, vocab_size)
     drafting = None if drafter is None else PagedModel(drafter.stack, memory.num_blocks, block_size, vocab_size)
+    _record(config, {"target": running} | ({"drafter": drafting} if drafting else {}), memory.max_model_len, extras)
+    costs = replace(extras.costs or Costs(), target_rows=running.rows_run, drafter_rows=drafting.rows_run if drafting else rows_run)
+    policy = make_policy(config, costs, foresight)
     parts = Parts(
         scheduler=Scheduler(
             BlockPool(memory.num_blocks, block_size),
@@ -189,7 +200,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         verifier=VERIFIERS[config.speculation.verification](extras.rules),
         max_drafter_tokens=config.engine.max_drafter_tokens or config.engine.max_step_tokens,
         is_lost=automata.is_broken,
-        without_drafts=WithoutDrafts(PassCosts(extras.costs.target if extras.costs else {}, rows_run)),
+        without_drafts=WithoutDrafts(PassCosts(costs.target, costs.target_rows)),
         let_go=partial(_let_go, [running, *([drafting] if drafting else [])]),
     )
     info = EngineInfo(
@@ -225,12 +236,37 @@ def make_policy(config: EngineConfig, costs: Costs | None = None, foresight: For
         case ConfidenceLengthConfig():
             return ConfidenceLength(length.max, length.threshold, length.cumulative)
         case AdaptiveLengthConfig():
-            drafter = PassCosts(costs.drafter, rows_run) if isinstance(config.model.drafter, ModelDrafterConfig) else None
-            return AdaptiveLength(length.max, PassCosts(costs.target, rows_run), drafter, foresight)
+            drafter = PassCosts(costs.drafter, costs.drafter_rows) if isinstance(config.model.drafter, ModelDrafterConfig) else None
+            return AdaptiveLength(length.max, PassCosts(costs.target, costs.target_rows), drafter, foresight)
     return FixedLength(length.max)
 
 
-def _measured(config: EngineConfig, target: Member, drafter: Member | None, cache_dir: Path) -> Costs | None:
+def _record(config: EngineConfig, models: Mapping[str, PagedModel], max_model_len: int, extras: Extras) -> None:
+    """Record small passes of both models. The drafter's come first: there are more of them in a step, and they take less memory."""
+    stack, runtime = models["target"].stack, config.engine
+    recorder = extras.recorder or recorder_of(runtime.cuda_graphs, stack.device)
+    if recorder is None:
+        return
+    window = make_policy(config).max_length + 1
+    free = recorder.free_bytes()
+    bound = min(int(runtime.cuda_graph_memory), free // 2)  # where kv_cache is said, steps need of what it leaves
+    drafter_tokens = runtime.max_drafter_tokens or runtime.max_step_tokens
+    for name, num_tokens, usual in (("drafter", drafter_tokens, _DRAFTER_WINDOW), ("target", runtime.max_step_tokens, window)):
+        if (model := models.get(name)) is not None:
+            left = bound - (free - recorder.free_bytes())
+            passes = Passes(runtime.max_sequences, usual, num_tokens, max_model_len)
+            model.record(recorder, passes, Bound(left, name, extras.progress))
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """Where times of passes are kept, and how passes are repeated."""
+
+    cache_dir: Path
+    recorder: Recorder | None
+
+
+def _measured(config: EngineConfig, target: Member, drafter: Member | None, how: _Measuring) -> Costs | None:
     """What passes cost, if the policy asks."""
     if not isinstance(config.speculation.draft_length, AdaptiveLengthConfig) or isinstance(config.model.drafter, NoDrafterConfig):
         return None
@@ -243,7 +279,7 @@ def _measured(config: EngineConfig, target: Member, drafter: Member | None, cach
             "quantization": source.quantization,
             "attention": stack.attention.name,
         }
-        return pass_seconds(stack, key, cache_dir)
+        return pass_seconds(stack, key, how.cache_dir, how.recorder)
 
     source = config.model.drafter
     own = seconds(drafter, source) if drafter is not None and isinstance(source, ModelDrafterConfig) else {}

@@ -20,6 +20,7 @@ class Section(BaseModel):
 
 Quantization = Literal["none", "int8", "fp8"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
+CudaGraphs = Literal["auto", "off"]
 AttentionName = Literal["auto", "gather", "triton", "varlen", "flashinfer"]  # as in engine/model/attention_choice.py
 
 
@@ -175,6 +176,10 @@ class RuntimeConfig(Section):
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="of a GPU's memory, what weights, kv_cache: auto and steps may take")
     max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; null: what model and kv_cache allow")
     attention: AttentionName = Field("auto", description="auto: gather on a CPU; on a GPU what is fastest there of all that is installed")
+    cuda_graphs: CudaGraphs = Field("auto", description="auto: on a GPU, record small passes at the start, where attention can be recorded")
+    cuda_graph_memory: Annotated[ByteSize, Field(ge=1)] = Field(
+        ByteSize(1 << 30), description="what recorded passes of both models may take of a GPU's memory, such as 1GiB"
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for tensor work; null leaves it to torch")
 
 

@@ -34,6 +34,7 @@ from engine.config import (
 from engine.core import EngineCore
 from engine.grammar.automaton import Vocabulary
 from engine.model.attention import GATHER, AttentionKind
+from engine.model.graphs import Recorder
 from engine.model.layer_math import TORCH, LayerMath
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
@@ -211,6 +212,8 @@ class Setup:
     device: str = "cpu"
     dtype: torch.dtype = torch.float64
     attention: AttentionKind = GATHER
+    recorder: Recorder | None = None  # of passes
+    cuda_graph_memory: int = 1 << 30
     math: LayerMath = TORCH
     vocab: int = VOCAB
     path: Path = Path("target")  # folder with the tokenizer, for tests that have one
@@ -277,9 +280,10 @@ def make_core(setup: Setup) -> EngineCore:
             max_drafter_tokens=setup.max_drafter_tokens,
             block_size=setup.block_size,
             kv_cache=ByteSize(bytes_per_token * setup.block_size * setup.num_blocks),
+            cuda_graph_memory=ByteSize(setup.cuda_graph_memory),
         ),
     )
-    return assemble(config, target, drafter, Extras(TEST_RULES, setup.processors, DRAFTS_PAY, letters()))
+    return assemble(config, target, drafter, Extras(TEST_RULES, setup.processors, DRAFTS_PAY, letters(), setup.recorder))
 
 
 @dataclass

@@ -86,11 +86,43 @@ class PagedContext(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What fixed passes are to hold at most."""
+
+    num_rows: int  # of a packed row
+    num_positions: int  # of a sequence
+
+
+class FixedPass(Protocol):
+    """A pass over a fixed number of rows whose index tensors stay where they are: what was recorded of it can be repeated for others."""
+
+    @property
+    def context(self) -> PagedContext: ...
+
+    def tell(self, segments: ListLike[Segment]) -> None:
+        """Write what the pass runs next, one after another. Rows behind them fill up."""
+
+
+class FixedPasses(Protocol):
+    """Those of one attention. They share their index tensors: the one that was told last is the one to run."""
+
+    @property
+    def windows(self) -> ListLike[int]:
+        """Tokens of a segment, ascending: passes over segments of no more than these are launched in a way of their own."""
+
+    def make(self, num_rows: int, window: int) -> FixedPass:
+        """For segments of up to `window` tokens, which may be more than the last of `windows`."""
+
+
 class Attention(Protocol):
     """Attention over one KV cache."""
 
     def context(self, segments: ListLike[Segment], num_rows: int = 0) -> PagedContext:
         """Of a packed row that holds `segments` one after another, filled up to `num_rows`. Good until the next one is asked for."""
+
+    def fixed(self, room: Room) -> FixedPasses | None:
+        """None where index tensors lie elsewhere in every pass, or the host has a part in each."""
 
 
 class AttentionKind(Protocol):
@@ -314,6 +346,9 @@ class _Gather:
 
     def context(self, segments: ListLike[Segment], num_rows: int = 0) -> GatherContext:
         return paged_context(segments, self.block_size, self.cache, self.windows, num_rows)
+
+    def fixed(self, room: Room) -> None:
+        return None
 
 
 class GatherAttention:

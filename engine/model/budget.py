@@ -5,7 +5,8 @@ On a GPU: `gpu_memory_fraction` of its memory, less what is in use once the weig
     activations     for each row of a pass, what its widest layer holds at once
     distributions   for each row of the verify windows, rows over the vocabulary of both models and of who judges them
     scores          for each row of a pass, the logits of the target, which a prompt that is scored wants all of
-    libraries       a GiB: their workspaces, recorded launches, and what lies between allocations
+    libraries       a GiB: their workspaces, and what lies between allocations
+    recorded passes engine.cuda_graph_memory, unless engine.cuda_graphs is off
 
 and, since a step may gather what it attends to, two layers' shares of the cache. On a CPU, whose memory others use as well, it is a
 GiB, or what an answer of `max_model_len` takes, if that is more.
@@ -55,7 +56,8 @@ def reserve_bytes(runtime: RuntimeConfig, max_draft: int, models: ListLike[Footp
     activations = max(num_rows * m.itemsize * (_STATES * m.hidden_size + _PRODUCTS * m.intermediate_size) for m in models)
     distributions = max(num_in_windows * m.vocab_size * (m.itemsize + 4 * _FLOAT32_ROWS) for m in models)
     scores = num_rows * models[0].vocab_size * models[0].itemsize  # the copy of the windows among them is in the distributions
-    return LIBRARIES + activations + distributions + scores
+    recorded = int(runtime.cuda_graph_memory) if runtime.cuda_graphs == "auto" else 0
+    return LIBRARIES + recorded + activations + distributions + scores
 
 
 def kv_budget(runtime: RuntimeConfig, device: torch.device, max_draft: int, models: ListLike[Footprint], weight_bytes: int = 0) -> int:

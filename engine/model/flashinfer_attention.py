@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import AttentionShape, LayerAttention, Segment
+from engine.model.attention import AttentionShape, LayerAttention, Room, Segment
 from engine.model.ragged import Ragged
 from engine.transfer import to_device
 
@@ -68,6 +68,9 @@ class _FlashInferPaged:
         positions, slots = ragged.places(num_rows)
         device = self.shape.device
         return _FlashInferContext(self, ragged, to_device(positions, device), to_device(slots[: ragged.num_tokens], device))
+
+    def fixed(self, room: Room) -> None:
+        """Each is planned on the host."""
 
     def planned(self, asked: _Asked, ragged: Ragged) -> Any:
         """A wrapper that knows this pass."""

@@ -16,13 +16,13 @@ class IndexBuffer:
     So a pass needs one copy, and what a CUDA graph has captured finds the numbers of the next pass of like shape in the same places.
     """
 
-    def __init__(self, device: torch.device):
-        self._memory = torch.empty(0, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, sizes: ListLike[int] = ()):
+        """It grows when arrays are larger than any before, and lies elsewhere then; never for arrays of these sizes."""
+        self._memory = torch.empty(sum(map(_room, sizes)), dtype=torch.int32, device=device)
 
     def write(self, arrays: ListLike[NDArray[np.int64]]) -> list[Tensor]:
         """int32 tensors of these shapes and numbers, which must fit; good until the next call, which writes to the same place."""
-        # at multiples of 64 bytes, so that no kernel is compiled once more for an address that is odd
-        ends = np.cumsum([-(-array.size // 16) * 16 for array in arrays])
+        ends = np.cumsum([_room(array.size) for array in arrays])
         staging = torch.empty(int(ends[-1]), dtype=torch.int32, pin_memory=self._memory.device.type == "cuda")
         host = staging.numpy()
         begins = [0, *(int(end) for end in ends[:-1])]
@@ -32,3 +32,8 @@ class IndexBuffer:
             self._memory = self._memory.new_empty(1 << (len(staging) - 1).bit_length())
         self._memory[: len(staging)].copy_(staging, non_blocking=True)
         return [self._memory[begin : begin + array.size].view(array.shape) for begin, array in zip(begins, arrays, strict=True)]
+
+
+def _room(size: int) -> int:
+    """Up to a multiple of 64 bytes, so that no kernel is compiled once more for an address that is odd."""
+    return -(-size // 16) * 16

@@ -5,6 +5,7 @@ runs on a CPU, step by step, for tests.
 
 Words: a tile is a run of queries of one segment, [segment, first row, queries, position of the first]; its queries of the GROUP heads that
 share a key-value head make the rows of one product. A tile of no queries is padding: it reads and writes nothing.
+One whose first position is so far below zero that it ends there has queries without keys, which get zeros.
 """
 
 import os
@@ -32,6 +33,7 @@ def attend(
     cache,  # [slots, 2 * kv_heads, HEAD_DIM], slots cache_stride apart
     tables,  # [S, B] block tables, table_stride apart
     tiles,  # [T, 4]
+    num_parts,  # [T] of the keys of each tile, with IS_SPLIT: no more than there are splits
     output,  # [N, heads, HEAD_DIM], contiguous; with IS_SPLIT float32 [splits, T, kv_heads, BLOCK_M, HEAD_DIM], parts of it ...
     levels,  # ... and how much each weighs, float32 [splits, T, kv_heads, BLOCK_M]: the logarithm to base 2 of its sum of exponentials
     query_stride,
@@ -49,7 +51,11 @@ def attend(
     BLOCK_N: tl.constexpr,  # keys at a time
     BLOCK_D: tl.constexpr,  # HEAD_DIM, filled up to a power of two
 ):
-    """Each query of a tile over the keys that it sees, or over one of several parts of them. Grid: T, kv_heads, splits."""
+    """Each query of a tile over the keys that it sees, or over one of several parts of them. Grid: T, kv_heads, splits.
+
+    A tile of fewer parts than there are splits leaves the programs behind them nothing to do: so one grid, recorded once, suits long keys
+    and short ones.
+    """
     tile = tiles + tl.program_id(0) * 4
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -57,7 +63,10 @@ def attend(
     first_row = tl.load(tile + 1)
     num_queries = tl.load(tile + 2)
     first_position = tl.load(tile + 3)
-    if num_queries == 0:
+    parts = tl.num_programs(2)
+    if IS_SPLIT:
+        parts = tl.load(num_parts + tl.program_id(0))
+    if (num_queries == 0) | (split >= parts):
         return
 
     rows = tl.arange(0, BLOCK_M)
@@ -76,7 +85,7 @@ def attend(
     if HAS_WINDOW:
         first_key = tl.maximum(first_position - window + 1, 0)
     lowest = first_key // BLOCK_N * BLOCK_N
-    part = tl.cdiv(tl.cdiv(behind - lowest, BLOCK_N), tl.num_programs(2)) * BLOCK_N
+    part = tl.cdiv(tl.cdiv(behind - lowest, BLOCK_N), parts) * BLOCK_N
     begin = lowest + split * part
     end = tl.minimum(begin + part, behind)
 
@@ -117,13 +126,13 @@ def attend(
     tl.store(output + place[:, None] * HEAD_DIM + dims[None, :], mixed.to(output.dtype.element_ty), mask=is_value)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit
 def join(
-    parts,  # [num_splits, T, kv_heads, BLOCK_M, HEAD_DIM]
-    levels,  # [num_splits, T, kv_heads, BLOCK_M]
+    parts,  # [splits, T, kv_heads, BLOCK_M, HEAD_DIM]
+    levels,  # [splits, T, kv_heads, BLOCK_M]
     tiles,  # [T, 4]
+    num_parts,  # [T]
     output,  # [N, heads, HEAD_DIM], contiguous
-    num_splits,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -146,7 +155,7 @@ def join(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in range(num_splits):
+    for split in range(tl.load(num_parts + tl.program_id(0))):
         place = own + split * tl.num_programs(0).to(tl.int64) * (NUM_KV_HEADS * BLOCK_M)
         part_level = tl.load(levels + place, mask=is_row, other=float("-inf"))
         part = tl.load(parts + place[:, None] * HEAD_DIM + dims[None, :], mask=is_value, other=0.0)

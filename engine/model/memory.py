@@ -9,7 +9,10 @@ from pathlib import Path
 import torch
 
 # for whoever runs the deployment, the keys that decide how much memory it takes
-ADVICE = "lower engine.kv_cache, engine.max_step_tokens or engine.max_sequences, or take a smaller dtype, a quantization or a smaller model"
+ADVICE = (
+    "lower engine.kv_cache, engine.max_step_tokens, engine.max_sequences or engine.cuda_graph_memory, "
+    "or take a smaller dtype, a quantization or a smaller model"
+)
 # what torch, Triton and the libraries under torch say where it is no OutOfMemoryError; the last is that of a CPU
 _SIGNS = (
     "CUDA error: out of memory",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.kv.cache import KVCache
 from engine.model.attention import Segment
+from engine.model.graphs import Bound, Graphs, Passes, Recorder, record
 from engine.model.stack import DecoderStack
 from engine.transfer import to_device
 
@@ -29,21 +30,32 @@ class PagedModel:
         self.vocab_size = vocab_size or stack.vocab_size
         self._cache = KVCache(stack.num_layers, num_blocks * block_size, stack.kv_shape, stack.dtype, stack.device)
         self._attention = stack.attention.over(self._cache, block_size, stack.attention_shape)
+        self._graphs = Graphs()
+
+    def record(self, recorder: Recorder, passes: Passes, bound: Bound) -> None:
+        """Record the passes that are like these, in front of the first one: from here on they are repeated and not launched."""
+        self._graphs = record(self.stack, self._attention, passes, self.vocab_size, recorder, bound)
 
     @torch.inference_mode()
     def forward(self, segments: ListLike[Segment], input_ids: Tensor, rows: ListLike[int]) -> Tensor:
-        """Logits [R, V] of the tokens at `rows` (indices in the packed row) of input_ids [N], which fill `segments` in order.
+        """Logits [R, V] of the tokens at `rows` (ascending indices in the packed row) of input_ids [N], which fill `segments` in order.
 
-        Writes the KV of all N tokens. Reads, for each segment, the KV of all positions before its end.
+        Writes the KV of all N tokens. Reads, for each segment, the KV of all positions before its end. The logits are good until the
+        next pass: a recorded one writes to the same place.
         """
         if not segments:
             return torch.empty(0, self.vocab_size, dtype=self.stack.dtype, device=self.stack.device)
+        if (logits := self._graphs.run(segments, input_ids, len(rows))) is not None:
+            return _taken(logits, rows)
         num_rows = rows_run(len(input_ids))
         if num_rows > len(input_ids):
             input_ids = torch.nn.functional.pad(input_ids, (0, num_rows - len(input_ids)))
         hidden = self.stack.hidden(input_ids, self._attention.context(segments, num_rows))
-        wanted = hidden if len(rows) == hidden.shape[0] else hidden.index_select(0, to_device(rows, hidden.device, torch.long))
-        return self.stack.logits(wanted)[:, : self.vocab_size]
+        return self.stack.logits(_taken(hidden, rows))[:, : self.vocab_size]
+
+    def rows_run(self, num: int) -> int:
+        """Rows that a pass over `num` tokens runs. What a pass costs goes by these."""
+        return self._graphs.rows_run(num) or rows_run(num)
 
     def let_go(self) -> None:
         """Give up what is kept from pass to pass, but for the KV."""
@@ -52,9 +64,14 @@ class PagedModel:
 
 @lru_cache(4096)
 def rows_run(num: int) -> int:
-    """Rows that a pass over `num` tokens runs. What a pass costs goes by these."""
+    """The same where it is launched kernel by kernel."""
     multiple = next((multiple for beyond, multiple in _ROUNDING if num > beyond), 1)
     return max(_MIN_ROWS, -(-num // multiple) * multiple)
+
+
+def _taken(packed: Tensor, rows: ListLike[int]) -> Tensor:
+    """The wanted rows of packed [N, ...]."""
+    return packed if len(rows) == len(packed) else packed.index_select(0, to_device(rows, packed.device, torch.long))
 
 
 def kv_bytes_per_token(stack: DecoderStack) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 
-_FEWEST_BLOCKS = 16  # columns of a table: kernels are compiled once more for widths that are no multiple of it
+FEWEST_BLOCKS = 16  # columns of a table: kernels are compiled once more for widths that are no multiple of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Ragged:
         starts = np.array([segment.start for segment in segments], dtype=np.int64)
         nums = np.array([segment.num_tokens for segment in segments], dtype=np.int64)
         num_blocks = -(-(starts + nums) // block_size)
-        tables = np.zeros((power_of_two(len(segments)), power_of_two(max(_FEWEST_BLOCKS, int(num_blocks.max())))), dtype=np.int64)
+        tables = np.zeros((power_of_two(len(segments)), power_of_two(max(FEWEST_BLOCKS, int(num_blocks.max())))), dtype=np.int64)
         for row, (segment, num) in enumerate(zip(segments, num_blocks, strict=True)):
             tables[row, :num] = segment.block_table[:num]
         return cls(starts, nums, np.concatenate(([0], np.cumsum(nums))), tables, block_size)
@@ -64,16 +64,16 @@ class Ragged:
 
         Padded to a power of two with runs of no queries, so that few grids of different size are launched.
         """
+        found = self.runs(members, num_queries)
+        return np.concatenate((found, np.zeros((power_of_two(len(found)) - len(found), 4), dtype=np.int64)))
+
+    def runs(self, members: Ints, num_queries: int) -> Ints:
+        """The same without padding."""
         counts = -(-self.nums[members] // num_queries)
         segment = np.repeat(members, counts)
         first = (np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)) * num_queries
         num = np.minimum(num_queries, self.nums[segment] - first)
-        found = np.stack((segment, self.offsets[segment] + first, num, self.starts[segment] + first), -1)
-        return np.concatenate((found, np.zeros((power_of_two(len(found)) - len(found), 4), dtype=np.int64)))
-
-    def num_keys(self, members: Ints, window: int | None) -> int:
-        """The most keys that queries of one of these segments see together."""
-        return int((self.ends - self.first_keys(window))[members].max())
+        return np.stack((segment, self.offsets[segment] + first, num, self.starts[segment] + first), -1)
 
     def first_keys(self, window: int | None) -> Ints:
         """[S] the first position that any query of a segment sees."""
@@ -83,3 +83,8 @@ class Ragged:
 def power_of_two(num: int) -> int:
     """The smallest that is not below it."""
     return 1 << (num - 1).bit_length() if num > 1 else 1
+
+
+def floor_power(num: int) -> int:
+    """The largest power of two that is not above it, and no less than one."""
+    return 1 << max(0, num.bit_length() - 1)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from engine.model.attention import Segment
+from engine.model.graphs import Bound, Passes, Recorder
 from engine.model.paged import PagedModel
 from engine.model.stack import DecoderStack
 
@@ -34,8 +35,9 @@ _WORTH_KEEPING_SECONDS = 0.5
 _FAR_QUICKER = 0.8  # than what was kept
 
 
-def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path) -> dict[int, float]:
-    """Seconds by rows. `key` says whose they are; processor, threads, torch and block size are added to it.
+def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path, recorder: Recorder | None = None) -> dict[int, float]:
+    """Seconds by rows, of recorded passes where there is a recorder. `key` says whose they are; processor, threads, torch, block size
+    and whether passes are recorded are added to it.
 
     Raise "kernels" when passes begin to take another time for the same weights.
     """
@@ -48,15 +50,16 @@ def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path) -
         "threads": str(torch.get_num_threads()),
         "block_size": str(stack.block_size),
         "torch": torch.__version__,
+        "recorded": str(recorder is not None),
     }
     file = cache_dir / "costs" / f"{hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()[:16]}.json"
     known = _read(file, whose)
     if known is not None:
         first = min(known)
-        if measure(stack, (first,))[first] >= _FAR_QUICKER * known[first]:
+        if measure(stack, (first,), recorder)[first] >= _FAR_QUICKER * known[first]:
             return known
     began = time.perf_counter()
-    found = measure(stack)
+    found = measure(stack, recorder=recorder)
     if time.perf_counter() - began > _WORTH_KEEPING_SECONDS or known is not None:
         found = {rows: min(seconds, (known or found).get(rows, seconds)) for rows, seconds in found.items()}
         _write(file, whose, found)
@@ -64,13 +67,16 @@ def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path) -
 
 
 @torch.inference_mode()
-def measure(stack: DecoderStack, sizes: ListLike[int] = MEASURED_ROWS) -> dict[int, float]:
+def measure(stack: DecoderStack, sizes: ListLike[int] = MEASURED_ROWS, recorder: Recorder | None = None) -> dict[int, float]:
     """Least seconds of passes over each of `sizes`, a row being one token of a sequence with some context, whose keys are zeros.
 
     The least: what disturbs a pass only ever makes it longer.
     """
     num_blocks = (_CONTEXT + max(sizes)) // stack.block_size + 1
     model, table = PagedModel(stack, num_blocks, stack.block_size), list(range(num_blocks))
+    if recorder is not None:
+        passes = Passes(1, max(sizes), max(sizes), num_blocks * stack.block_size)
+        model.record(recorder, passes, Bound(recorder.free_bytes() // 2, "model whose passes are timed", _log.debug))
     found: dict[int, float] = {}
     began = time.perf_counter()
     for rows in sizes:

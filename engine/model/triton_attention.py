@@ -2,7 +2,8 @@
 
 Nothing is gathered: each program reads keys and values where they lie. Segments of few queries and those of many are launched apart, with
 tiles of their own size; where there are too few tiles to keep the device busy, each is split over its keys, and the parts are joined.
-Refused are float64, which the kernels' products do not have, and heads beyond what a tile holds.
+Refused are float64, which the kernels' products do not have, and heads beyond what a tile holds. Passes that can be recorded are made of
+the same launches in triton_fixed.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,18 +22,18 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import AttentionShape, LayerAttention, Segment
+from engine.model.attention import AttentionShape, FixedPasses, Ints, LayerAttention, Room, Segment
 from engine.model.index_buffer import IndexBuffer
-from engine.model.ragged import Ragged, power_of_two
+from engine.model.ragged import Ragged, floor_power, power_of_two
 
-_FEW, _MANY = 16, 64  # rows of a tile; 16 is the least that a product may have
-_STAGE_BYTES = {_FEW: 16 << 10, _MANY: 32 << 10}  # of keys and values that a program loads at a time
+FEW, MANY = 16, 64  # rows of a tile; 16 is the least that a product may have
+_STAGE_BYTES = {FEW: 16 << 10, MANY: 32 << 10}  # of keys and values that a program loads at a time
 # Loads that are under way at a time, those of the block table's entries among them. With the queries they stay below the 99 KiB of small
 # devices, in 16 bits.
-_STAGES = {_FEW: 5, _MANY: 2}
+_STAGES = {FEW: 5, MANY: 2}
 _MOST_KEYS = 64  # at a time
 _MOST_HEAD_DIM = 256
-_MOST_SPLITS = 32
+MOST_SPLITS = 32
 _KEYS_A_SPLIT = 128  # a part of fewer is not worth joining
 _PROGRAMS_A_PROCESSOR = 2  # loads of one hide behind those of the other
 _COLUMNS = 1024  # of a row of keys and values that one program stores
@@ -61,8 +63,8 @@ class TritonAttention:
             return f"its kernels do not compute in {str(shape.dtype).removeprefix('torch.')}"
         if shape.head_dim > _MOST_HEAD_DIM:
             return f"its kernels hold heads of {_MOST_HEAD_DIM} dimensions at most, and these have {shape.head_dim}"
-        if shape.num_heads // shape.num_kv_heads > _MANY:
-            return f"its kernels hold {_MANY} query heads a key-value head at most"
+        if shape.num_heads // shape.num_kv_heads > MANY:
+            return f"its kernels hold {MANY} query heads a key-value head at most"
         if shape.device.type != "cuda" and not _kernels().IS_INTERPRETED:
             return "it runs on a CUDA device; on a CPU only step by step, with TRITON_INTERPRET=1, for tests"
         return None
@@ -72,21 +74,22 @@ class TritonAttention:
         fitting = _STAGE_BYTES[rows] // (2 * power_of_two(shape.head_dim) * shape.dtype.itemsize)
         return self.keys or max(16, min(_MOST_KEYS, fitting))
 
-    def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> _TritonPaged:
-        return _TritonPaged(cache, block_size, shape, self)
+    def over(self, cache: KVCache, block_size: int, shape: AttentionShape) -> TritonPaged:
+        return TritonPaged(cache, block_size, shape, self)
 
 
 @dataclass(frozen=True, slots=True)
-class _Launch:
+class Launch:
     """Tiles of one size."""
 
     tiles: Tensor  # [T, 4]
     rows: int  # of a tile
-    splits: Mapping[int | None, int]  # by the layer's window
+    splits: Mapping[int | None, int]  # by the layer's window: the most parts of a tile's keys, ...
+    num_parts: Mapping[int | None, Tensor]  # ... and how many each has [T]
 
 
 @dataclass(frozen=True)
-class _TritonPaged:
+class TritonPaged:
     """The kernels over one cache."""
 
     cache: KVCache
@@ -107,42 +110,62 @@ class _TritonPaged:
     def group(self) -> int:
         return self.shape.num_heads // self.shape.num_kv_heads
 
-    def context(self, segments: ListLike[Segment], num_rows: int = 0) -> _TritonContext:
+    def context(self, segments: ListLike[Segment], num_rows: int = 0) -> TritonContext:
         ragged = Ragged.of(segments, self.block_size)
-        is_few = ragged.nums * self.group <= _FEW
-        classes = {rows: np.flatnonzero(own) for rows, own in ((_FEW, is_few), (_MANY, ~is_few)) if own.any()}
+        is_few = ragged.nums * self.group <= FEW
+        classes = {rows: np.flatnonzero(own) for rows, own in ((FEW, is_few), (MANY, ~is_few)) if own.any()}
         tiles = [ragged.tiles(members, rows // self.group) for rows, members in classes.items()]
-        positions, slots, tables, *on_device = self.indices.write([*ragged.places(num_rows), ragged.tables, *tiles])
+        splits = [{window: self.splits(len(own), int(keys_of(own, window).max())) for window in self.shape.windows} for own in tiles]
+        parts = [self.parts(own, splits_of) for own, splits_of in zip(tiles, splits, strict=True)]
+        positions, slots, tables, *on_device = self.indices.write([*ragged.places(num_rows), ragged.tables, *chain(tiles, *parts)])
         launches = tuple(
-            _Launch(own, rows, {window: self._splits(len(own), ragged.num_keys(members, window)) for window in self.shape.windows})
-            for own, (rows, members) in zip(on_device, classes.items(), strict=True)
+            Launch(own, rows, splits[i], self.by_window(on_device[len(tiles) + i * len(self.shape.windows) :]))
+            for i, (own, rows) in enumerate(zip(on_device, classes, strict=False))
         )
-        return _TritonContext(self, positions, slots, tables, launches, ragged.num_tokens)
+        return TritonContext(self, positions, slots, tables, tables.stride(0), launches, ragged.num_tokens)
 
-    def _splits(self, num_tiles: int, num_keys: int) -> int:
-        """A power of two, so that few grids of different size are launched."""
+    def splits(self, num_tiles: int, num_keys: int) -> int:
+        """The most parts that so many tiles, of so many keys at most, are worth: a power of two, so that few grids of different size are
+        launched."""
         if self.kind.splits is not None:
             return self.kind.splits
         idle = _PROGRAMS_A_PROCESSOR * self.num_processors // (num_tiles * self.shape.num_kv_heads)
-        return min(power_of_two(idle + 1) // 2 or 1, power_of_two(num_keys // _KEYS_A_SPLIT + 1) // 2 or 1, _MOST_SPLITS)
+        return min(floor_power(idle), floor_power(num_keys // _KEYS_A_SPLIT), MOST_SPLITS)
+
+    def parts(self, tiles: Ints, splits: Mapping[int | None, int]) -> list[Ints]:
+        """Of each tile [T], by the layer's window."""
+        if self.kind.splits is not None:
+            return [np.full(len(tiles), splits[window]) for window in self.shape.windows]
+        return [np.clip(keys_of(tiles, window) // _KEYS_A_SPLIT, 1, splits[window]) for window in self.shape.windows]
+
+    def by_window(self, tensors: ListLike[Tensor]) -> dict[int | None, Tensor]:
+        """The first of these, in the order of `parts`."""
+        return dict(zip(self.shape.windows, tensors, strict=False))
+
+    def fixed(self, room: Room) -> FixedPasses:
+        from engine.model.triton_fixed import TritonFixed  # which is made of what stands here
+
+        return TritonFixed(self, room)
 
 
 @dataclass(frozen=True, slots=True)
-class _TritonContext:
+class TritonContext:
     """Index tensors of a pass, int32."""
 
-    own: _TritonPaged
+    own: TritonPaged
     positions: Tensor  # [N]
     slots: Tensor  # [N]; -1 for rows that only fill up
-    tables: Tensor  # [S, B]
-    launches: tuple[_Launch, ...]
-    num_tokens: int
+    tables: Tensor  # block tables ...
+    table_stride: int  # ... that begin so many numbers apart
+    launches: tuple[Launch, ...]
+    num_tokens: int  # rows that are in a tile
 
     def attend(self, asked: LayerAttention, query: Tensor, kv: Tensor) -> Tensor:
         cache = self.own.cache.layers[asked.layer]
         query, kv = _with_whole_rows(query), _with_whole_rows(kv)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        output[self.num_tokens :] = 0
+        if self.num_tokens < len(output):
+            output[self.num_tokens :] = 0
         with torch.cuda.device_of(kv):  # type: ignore[no-untyped-call]  # Triton launches on the current device
             self._write(kv, cache)
             for launch in self.launches:
@@ -154,7 +177,7 @@ class _TritonContext:
         grid = (len(kv), -(-width // _COLUMNS))
         _kernels().write_kv[grid](kv, cache, self.slots, kv.stride(0), cache.stride(0), WIDTH=width, BLOCK=_COLUMNS)
 
-    def _launch(self, launch: _Launch, asked: LayerAttention, query: Tensor, cache: Tensor, output: Tensor) -> None:
+    def _launch(self, launch: Launch, asked: LayerAttention, query: Tensor, cache: Tensor, output: Tensor) -> None:
         own, (_, num_heads, head_dim) = self.own, query.shape
         splits, num_kv_heads = launch.splits[asked.window], own.shape.num_kv_heads
         is_split = splits > 1
@@ -174,11 +197,12 @@ class _TritonContext:
             cache,
             self.tables,
             launch.tiles,
+            launch.num_parts[asked.window],
             parts,
             levels,
             query.stride(0),
             cache.stride(0),
-            self.tables.stride(0),
+            self.table_stride,
             asked.window or 0,
             asked.scaling * math.log2(math.e),
             BLOCK_SIZE=own.block_size,
@@ -189,12 +213,19 @@ class _TritonContext:
             **launch_options(launch.rows, head_dim),
         )
         if is_split:
-            _kernels().join[grid](parts, levels, launch.tiles, output, splits, **sizes)
+            _kernels().join[grid](parts, levels, launch.tiles, launch.num_parts[asked.window], output, **sizes)
 
 
 def launch_options(rows: int, head_dim: int) -> dict[str, int]:
     """How a kernel with tiles of so many rows is compiled."""
-    return {"num_warps": 8 if rows == _MANY and head_dim > 128 else 4, "num_stages": _STAGES[rows]}
+    return {"num_warps": 8 if rows == MANY and head_dim > 128 else 4, "num_stages": _STAGES[rows]}
+
+
+def keys_of(tiles: Ints, window: int | None) -> Ints:
+    """How many keys the queries of each tile see together [T]."""
+    first = 0 if window is None else np.maximum(0, tiles[:, 3] - window + 1)
+    keys: Ints = tiles[:, 3] + tiles[:, 2] - first
+    return keys
 
 
 def _with_whole_rows(packed: Tensor) -> Tensor:

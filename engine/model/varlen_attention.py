@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import AttentionShape, LayerAttention, Segment
+from engine.model.attention import AttentionShape, LayerAttention, Room, Segment
 from engine.model.index_buffer import IndexBuffer
 from engine.model.ragged import Ragged
 from engine.transfer import to_device
@@ -69,6 +69,9 @@ class _VarlenPaged:
         arrays = [positions, ragged.tables[: len(segments)], ragged.offsets, ragged.ends]
         real_slots = to_device(slots[: ragged.num_tokens], self.cache.layers[0].device)  # int64, as writing wants it
         return _VarlenContext(self, real_slots, int(ragged.nums.max()), int(ragged.ends.max()), *self.indices.write(arrays))
+
+    def fixed(self, room: Room) -> None:
+        """Its longest segment and longest keys are numbers of the host."""
 
 
 @dataclass(frozen=True, slots=True)

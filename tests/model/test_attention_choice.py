@@ -14,7 +14,17 @@ from torch import Tensor
 from engine.errors import ConfigError, UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model import attention_choice
-from engine.model.attention import GATHER, Attention, AttentionKind, AttentionShape, GatherAttention, LayerAttention, PagedContext, Segment
+from engine.model.attention import (
+    GATHER,
+    Attention,
+    AttentionKind,
+    AttentionShape,
+    GatherAttention,
+    LayerAttention,
+    PagedContext,
+    Room,
+    Segment,
+)
 from engine.model.attention_choice import KINDS, choose_attention, measured, mistake_of
 from engine.model.flashinfer_attention import FlashInferAttention
 from engine.model.paged import PagedModel
@@ -69,6 +79,9 @@ class _Fake:
         class Bending:
             def context(self, segments: ListLike[Segment], num_rows: int = 0) -> PagedContext:
                 return _Bent(own.context(segments, num_rows), error, window)
+
+            def fixed(self, room: Room) -> None:
+                return None
 
         return Bending()
 

@@ -54,7 +54,7 @@ def test_attention_compiles(head_dim: int, dtype: torch.dtype, capability: int, 
     from engine.model import kernels
 
     shape = AttentionShape(32, 8, head_dim, (None,), dtype, torch.device("cpu"))
-    pointers = dict.fromkeys(("query", "cache", "output", "levels"), NAMES[dtype]) | {"tables": "*i32", "tiles": "*i32"}
+    pointers = dict.fromkeys(("query", "cache", "output", "levels"), NAMES[dtype]) | dict.fromkeys(("tables", "tiles", "num_parts"), "*i32")
     numbers = dict.fromkeys(("query_stride", "cache_stride", "table_stride", "window"), "i32") | {"scale": "fp32"}
     constants = {"NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16, "BLOCK_M": rows, "BLOCK_D": power_of_two(head_dim)}
     for is_split, has_window in ((True, False), (False, True)):
@@ -70,6 +70,6 @@ def test_writing_and_joining_compile(dtype: torch.dtype) -> None:
 
     types = {"kv": NAMES[dtype], "cache": NAMES[dtype], "slots": "*i32", "kv_stride": "i32", "cache_stride": "i32"}
     assert compiled(kernels.write_kv, 90, types, {"WIDTH": 2048, "BLOCK": 1024}).asm["cubin"]
-    types = {"parts": "*fp32", "levels": "*fp32", "tiles": "*i32", "output": NAMES[dtype], "num_splits": "i32"}
+    types = {"parts": "*fp32", "levels": "*fp32", "tiles": "*i32", "num_parts": "*i32", "output": NAMES[dtype]}
     constants = {"NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "BLOCK_M": 64, "BLOCK_D": 128}
     assert compiled(kernels.join, 90, types, constants).asm["cubin"]

@@ -33,9 +33,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_gives_what_weights_and_steps_leave() -> None:
     runtime = RuntimeConfig(max_sequences=32, max_step_tokens=1024)
     reserve = reserve_bytes(runtime, 8, [LLAMA, LAYER])
-    assert 1.5 * GIB < reserve < 3 * GIB
+    assert 2.5 * GIB < reserve < 4 * GIB
     found = kv_budget(runtime, CUDA, 8, [LLAMA, LAYER])
     assert found == (int(0.9 * 80 * GIB) - 16 * GIB - reserve) * 32 // 34
+    recorded = runtime.model_copy(update={"cuda_graph_memory": ByteSize(3 * GIB)})
+    assert found - kv_budget(recorded, CUDA, 8, [LLAMA, LAYER]) == pytest.approx(2 * GIB * 32 / 34, abs=2), (
+        "recorded passes come behind the cache"
+    )
+    launched = recorded.model_copy(update={"cuda_graphs": "off"})
+    assert kv_budget(launched, CUDA, 8, [LLAMA, LAYER]) - found == pytest.approx(GIB * 32 / 34, abs=2)
     assert kv_budget(runtime.model_copy(update={"gpu_memory_fraction": 0.5}), CUDA, 8, [LLAMA, LAYER]) < 0.5 * found
     assert kv_budget(runtime, CUDA, 8, [LLAMA, LAYER], weight_bytes=GIB) == found - GIB * 32 // 34, "what is still to be loaded"
 

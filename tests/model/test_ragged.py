@@ -10,7 +10,8 @@ import torch
 
 from engine.model.attention import Segment
 from engine.model.index_buffer import IndexBuffer
-from engine.model.ragged import Ragged, power_of_two
+from engine.model.ragged import Ragged, floor_power, power_of_two
+from engine.model.triton_attention import keys_of
 from engine.transfer import to_device
 
 CPU = torch.device("cpu")
@@ -62,13 +63,14 @@ def test_tables_have_few_different_widths_and_heights() -> None:
     assert ragged.tables.shape == (4, 32)
     assert ragged.tables[0].tolist() == [7, 8, 9, *[0] * 29]
     assert ragged.tables[2].tolist() == [*range(19), *[0] * 13], "blocks that are not used yet are not read"
-    assert ragged.num_keys(np.array([0, 1]), None) == 9
-    assert ragged.num_keys(np.array([0, 2]), 4) == 9
-    assert ragged.num_keys(np.array([2]), 4) == 6
+    tiles = ragged.tiles(np.array([0, 1, 2]), 16)
+    assert keys_of(tiles, None).tolist() == [9, 2, 73, 0]
+    assert keys_of(tiles, 4).tolist() == [9, 2, 6, 0]
 
 
 def test_powers_of_two() -> None:
     assert [power_of_two(num) for num in (0, 1, 2, 3, 4, 5, 8, 9)] == [1, 1, 2, 4, 4, 8, 8, 16]
+    assert [floor_power(num) for num in (0, 1, 2, 3, 4, 5, 8, 9)] == [1, 1, 2, 2, 4, 4, 8, 8]
 
 
 def test_indices_stay_where_they_are() -> None:

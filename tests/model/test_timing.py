@@ -35,7 +35,7 @@ def test_what_took_long_is_kept(stack: DecoderStack, tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir()), "milliseconds are not worth a file"
     monkeypatch.setattr(timing, "_WORTH_KEEPING_SECONDS", 0.0)
     found = pass_seconds(stack, {"path": "x"}, tmp_path)
-    monkeypatch.setattr(timing, "measure", lambda stack, sizes=MEASURED_ROWS: {1: 1.0})
+    monkeypatch.setattr(timing, "measure", lambda stack, sizes=MEASURED_ROWS, recorder=None: {1: 1.0})
     assert pass_seconds(stack, {"path": "x"}, tmp_path) == found
     assert pass_seconds(stack, {"path": "y"}, tmp_path) == {1: 1.0}
     assert len(list((tmp_path / "costs").iterdir())) == 2
@@ -47,7 +47,7 @@ def test_what_was_kept_of_a_busy_machine_is_measured_again(stack: DecoderStack, 
     def start(*seconds: float) -> dict[int, float]:
         """With passes over 1 and 2 rows that take so long now."""
         now = dict(zip((1, 2), seconds, strict=True))
-        monkeypatch.setattr(timing, "measure", lambda stack, sizes=(1, 2): {rows: now[rows] for rows in sizes})
+        monkeypatch.setattr(timing, "measure", lambda stack, sizes=(1, 2), recorder=None: {rows: now[rows] for rows in sizes})
         return pass_seconds(stack, {}, tmp_path)
 
     assert start(8.0, 9.0) == {1: 8.0, 2: 9.0}
@@ -65,7 +65,7 @@ def test_a_file_that_does_not_fit_is_measured_again(
     pass_seconds(stack, {}, tmp_path)
     (file,) = (tmp_path / "costs").iterdir()
     file.write_text("{" if change is None else json.dumps(json.loads(file.read_text()) | change))
-    monkeypatch.setattr(timing, "measure", lambda stack, sizes=MEASURED_ROWS: {1: 7.0})
+    monkeypatch.setattr(timing, "measure", lambda stack, sizes=MEASURED_ROWS, recorder=None: {1: 7.0})
     assert pass_seconds(stack, {}, tmp_path) == {1: 7.0}
     assert json.loads(file.read_text())["seconds"] == {"1": 7.0}
 
