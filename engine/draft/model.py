@@ -280,10 +280,7 @@ class ModelDrafter:
         rows: Rows = self._distributions.of(logits, batch)
         table.store(drafts, rows)
         if self._policy.reads_confidence and rows.logits is not None:
-            # at temperature 1: a greedy row is always sure of itself
-            is_known = total is not None and rows.allowed is None
-            largest = torch.exp(rows.logits.amax(-1) - total) if is_known else rows.logits.softmax(-1).amax(-1)
-            for draft, confidence in zip(drafts, largest.tolist(), strict=True):
+            for draft, confidence in zip(drafts, _confidences(rows.logits, total if rows.allowed is None else None), strict=True):
                 draft.confidences.append(confidence)
 
     def _extend(self, table: _Table, drafts: list[_Draft]) -> int:
@@ -341,6 +338,16 @@ class ModelDrafter:
             num_late_rows=sum(d.num_late for d in drafts),
             predicted_masks=tuple(d.predicted_mask for d in table.drafts),
         )
+
+
+def _confidences(logits: Tensor, total: Tensor | None) -> list[float]:
+    """The largest probability of each row [N, V] at temperature 1: a greedy row would always be sure of itself.
+
+    `total` [N] are the logarithms of the rows' sums of exponentials, if they are known.
+    """
+    largest = logits.softmax(-1).amax(-1) if total is None else (logits.amax(-1) - total).exp()
+    found: list[float] = largest.tolist()
+    return found
 
 
 def _padded(kinds: list[QKind], width: int) -> list[int]:

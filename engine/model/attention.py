@@ -181,7 +181,7 @@ class _Group:
         if not self.is_folded:
             return own.transpose(1, 2), self.mask
         num_shared = packed.shape[1] // num_kv_heads
-        folded = own.unflatten(2, (num_kv_heads, num_shared)).transpose(1, 2).flatten(2, 3)
+        folded = own.view(num_groups, num_queries, num_kv_heads, num_shared, -1).transpose(1, 2).flatten(2, 3)
         return folded, self._folded_mask(num_shared)
 
     def _folded_mask(self, num_shared: int) -> Tensor | None:
@@ -192,7 +192,7 @@ class _Group:
     def scatter(self, attended: Tensor, packed: Tensor) -> None:
         """Put what became of those queries where they were in packed [N, heads, head_dim]."""
         if self.is_folded:
-            attended = attended.unflatten(2, (self.shape[1], -1))
+            attended = attended.view(*attended.shape[:2], self.shape[1], -1, attended.shape[-1])
         own = attended.transpose(1, 2).reshape(-1, *packed.shape[1:])
         if self.scattered is None:
             packed[self.first : self.first + len(own)] = own

@@ -13,6 +13,7 @@ from engine.model.attention import Segment
 from engine.model.cuda_graphs import CudaRecorder
 from engine.model.graphs import Bound, Passes
 from engine.model.paged import PagedModel, rows_run
+from engine.model.plain_layer import Stream
 from engine.model.stack import DecoderStack
 from engine.model.triton_attention import TritonAttention
 from engine.transfer import to_device
@@ -65,8 +66,9 @@ def test_a_model_that_asks_the_host_is_launched(monkeypatch: pytest.MonkeyPatch,
     stack = DecoderStack(own, choose_attention=lambda _: TritonAttention())
     embed = stack.embed
 
-    def asking(input_ids: torch.Tensor) -> torch.Tensor:
-        return embed(input_ids) * float(input_ids.max() >= 0)
+    def asking(input_ids: torch.Tensor) -> Stream:
+        states, delta = embed(input_ids)
+        return states * float(input_ids.max() >= 0), delta
 
     monkeypatch.setattr(stack, "embed", asking)
     model, current = PagedModel(stack, 16, 16), torch.cuda.current_stream()
