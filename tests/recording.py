@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import GATHER, Attention, AttentionKind, AttentionShape, FixedPass, LayerAttention, PagedContext, Room, Segment
+from engine.model.attention import Attention, AttentionKind, AttentionShape, FixedPass, LayerAttention, PagedContext, Room, Segment
+from engine.model.gather_attention import GATHER
 
 
 @dataclass

@@ -33,7 +33,8 @@ from engine.config import (
 )
 from engine.core import EngineCore
 from engine.grammar.automaton import Vocabulary
-from engine.model.attention import GATHER, AttentionKind
+from engine.model.attention import AttentionKind
+from engine.model.gather_attention import GATHER
 from engine.model.graphs import Recorder
 from engine.model.layer_math import TORCH, LayerMath
 from engine.model.paged import kv_bytes_per_token

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.kv.cache import KVCache
-from engine.model.attention import GATHER, AttentionKind, AttentionShape, LayerAttention, Segment
+from engine.model.attention import AttentionKind, AttentionShape, LayerAttention, Segment
 from engine.model.flashinfer_attention import FlashInferAttention
+from engine.model.gather_attention import GATHER
 from engine.model.triton_attention import TritonAttention
 from engine.model.varlen_attention import VarlenAttention
 

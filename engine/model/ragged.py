@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from engine.model.attention import Segment
-
-Ints = NDArray[np.int64]
+from engine.model.attention import Ints, Segment
 
 FEWEST_BLOCKS = 16  # columns of a table: kernels are compiled once more for widths that are no multiple of it
 

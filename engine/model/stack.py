@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
-from engine.model.attention import GATHER, AttentionKind, AttentionShape, LayerAttention, PagedContext, Segment
+from engine.model.attention import AttentionKind, AttentionShape, LayerAttention, PagedContext, Segment
 from engine.model.draft_vocabulary import NEVER
 from engine.model.fused import FusedAttention, FusedMLP
+from engine.model.gather_attention import GATHER
 from engine.model.layer_math import TORCH, LayerMath, weight_and_epsilon
 from engine.model.linear import AS_THEY_ARE, Inputs, LinearKind, joined, some_outputs
 from engine.model.plain_layer import OwnLayer, PlainLayer, Stream, why_not_plain

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import AttentionShape, FixedPasses, LayerAttention, Room, Segment
+from engine.model.attention import AttentionShape, FixedPasses, Ints, LayerAttention, Room, Segment
 from engine.model.index_buffer import IndexBuffer
-from engine.model.ragged import Ints, Ragged, floor_power, power_of_two
+from engine.model.ragged import Ragged, floor_power, power_of_two
 
 FEW, MANY = 16, 64  # rows of a tile; 16 is the least that a product may have
 _STAGE_BYTES = {FEW: 16 << 10, MANY: 32 << 10}  # of keys and values that a program loads at a time

@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from engine.model.attention import Room, Segment
+from engine.model.attention import Ints, Room, Segment
 from engine.model.index_buffer import IndexBuffer
-from engine.model.ragged import FEWEST_BLOCKS, Ints, Ragged, floor_power, power_of_two
+from engine.model.ragged import FEWEST_BLOCKS, Ragged, floor_power, power_of_two
 from engine.model.triton_attention import FEW, MANY, Launch, TritonContext, TritonPaged
 
 # Rows of all parts of a pass together: beyond, parts are memory (32 MiB for eight heads of 128 dimensions) and idle programs, not speed.

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import GATHER, AttentionKind, AttentionShape, LayerAttention, Segment
+from engine.model.attention import AttentionKind, AttentionShape, LayerAttention, Segment
 from engine.model.attention_choice import KINDS, mistake_of
 from engine.model.flashinfer_attention import FlashInferAttention
+from engine.model.gather_attention import GATHER
 from engine.model.varlen_attention import VarlenAttention
 
 SHAPE = AttentionShape(4, 2, 16, (None, 6), torch.float32, torch.device("cpu"))

@@ -15,11 +15,9 @@ from engine.errors import ConfigError, UnsupportedModel
 from engine.kv.cache import KVCache
 from engine.model import attention_choice
 from engine.model.attention import (
-    GATHER,
     Attention,
     AttentionKind,
     AttentionShape,
-    GatherAttention,
     LayerAttention,
     PagedContext,
     Room,
@@ -27,6 +25,7 @@ from engine.model.attention import (
 )
 from engine.model.attention_choice import KINDS, choose_attention, measured, mistake_of
 from engine.model.flashinfer_attention import FlashInferAttention
+from engine.model.gather_attention import GATHER, GatherAttention
 from engine.model.paged import PagedModel
 from engine.model.stack import DecoderStack
 from engine.model.timing import measure

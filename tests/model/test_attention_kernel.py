@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import GATHER, AttentionKind, AttentionShape, LayerAttention, Segment
+from engine.model.attention import AttentionKind, AttentionShape, LayerAttention, Segment
 from engine.model.attention_choice import choose_attention, mistake_of
+from engine.model.gather_attention import GATHER
 from engine.model.triton_attention import TritonAttention
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import LayerAttention, Segment, _alike, paged_context
+from engine.model.attention import LayerAttention, Segment
+from engine.model.gather_attention import _alike, paged_context
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 4, 4
 SCALING = 0.3

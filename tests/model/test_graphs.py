@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.model.attention import GATHER, AttentionKind, Segment
+from engine.model.attention import AttentionKind, Segment
 from engine.model.cuda_graphs import recorder_of
+from engine.model.gather_attention import GATHER
 from engine.model.graphs import ROWS, Bound, Bucket, Passes, buckets
 from engine.model.paged import PagedModel, rows_run
 from engine.model.stack import DecoderStack

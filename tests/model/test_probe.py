@@ -11,7 +11,8 @@ import torch
 
 from engine.errors import UnsupportedModel
 from engine.kv.cache import KVCache
-from engine.model.attention import Segment, paged_context
+from engine.model.attention import Segment
+from engine.model.gather_attention import paged_context
 from engine.model.paged import PagedModel
 from engine.model.stack import DecoderStack
 from tests.tiny import VOCAB, WINDOW, target_model

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.kv.cache import KVCache
-from engine.model.attention import GATHER, Attention, AttentionShape, LayerAttention, PagedContext, Room, Segment
+from engine.model.attention import Attention, AttentionShape, LayerAttention, PagedContext, Room, Segment
+from engine.model.gather_attention import GATHER
 from engine.model.triton_attention import TritonAttention, TritonContext
 from engine.model.triton_fixed import TritonFixed
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.config import FixedLengthConfig
-from engine.model.attention import GATHER, AttentionKind, Segment
+from engine.model.attention import AttentionKind, Segment
+from engine.model.gather_attention import GATHER
 from engine.model.paged import PagedModel
 from engine.model.stack import DecoderStack
 from engine.model.triton_attention import TritonAttention

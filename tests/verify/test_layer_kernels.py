@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from engine.config import FixedLengthConfig
 from engine.errors import UnsupportedModel
-from engine.model.attention import GATHER, Segment
+from engine.model.attention import Segment
 from engine.model.eight_bits import WeightInt8Linear
+from engine.model.gather_attention import GATHER
 from engine.model.layer_math import TORCH, LayerMath
 from engine.model.linear import AS_THEY_ARE, LinearKind
 from engine.model.paged import PagedModel
