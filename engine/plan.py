@@ -86,6 +86,7 @@ class Rows:
     probs: Tensor  # processed: what is drawn from, and what acceptance ratios and residuals use
     logits: Tensor | None  # hard-masked, temperature 1: what rules read, as probabilities; None where no rule in the batch does
     allowed: Tensor | None  # booleans, what the hard masks leave; None where nothing is masked
+    only: Tensor | None = None  # [N] the one token that each row leaves, where all are one-hot: drawing it takes no number
 
 
 @dataclass(frozen=True, slots=True)

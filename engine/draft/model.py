@@ -83,6 +83,7 @@ class _Due:
     drafts: list[_Draft]
     places: Tensor  # [N] in the table
     probs: Tensor  # [N, V]
+    only: Tensor | None = None  # [N] the one token of each, where all are one-hot
 
 
 @dataclass(slots=True)
@@ -111,7 +112,7 @@ class _Table:
 
     def store(self, drafts: list[_Draft], rows: Rows) -> None:
         """Enter the next row of each of N drafts."""
-        self.due = _Due(drafts, self.places([(d.row, d.num_drafted) for d in drafts]), rows.probs)
+        self.due = _Due(drafts, self.places([(d.row, d.num_drafted) for d in drafts]), rows.probs, rows.only)
         self.probs.flatten(0, 1).index_copy_(0, self.due.places, rows.probs)
         if self.logits is not None and rows.logits is not None:
             self.logits.flatten(0, 1).index_copy_(0, self.due.places, rows.logits)
@@ -124,7 +125,7 @@ class _Table:
         if due is None or due.drafts != drafts:
             places = self.places([(d.row, d.num_drafted) for d in drafts])
             due = _Due(drafts, places, self.probs.flatten(0, 1).index_select(0, places))
-        drawn = draw(due.probs, self.numbers.flatten().index_select(0, due.places))
+        drawn = draw(due.probs, self.numbers.flatten().index_select(0, due.places)) if due.only is None else due.only
         self.ids.view(-1).index_copy_(0, due.places, drawn)
         return drawn
 

@@ -37,14 +37,16 @@ class Distributions:
         processed = masked
         for processor in self._others:
             processed = processor.apply(processed, rows)
-        return Rows(probabilities(processed, [seq.request.sampling for seq in rows.seqs]), masked, allowed)
+        params = [seq.request.sampling for seq in rows.seqs]
+        if all(s.is_greedy for s in params):
+            only = favourites(processed)
+            return Rows(_one_hot(processed, only), masked, allowed, only.squeeze(-1))
+        return Rows(probabilities(processed, params), masked, allowed)
 
 
 def probabilities(logits: Tensor, params: ListLike[SamplingParams]) -> Tensor:
     """Processed distributions [N, V] of logits [N, V]."""
     greedy = [i for i, s in enumerate(params) if s.is_greedy]
-    if len(greedy) == len(params):
-        return _one_hot(logits)
     temperatures = to_device([1.0 if s.is_greedy else s.temperature for s in params], logits.device, logits.dtype)
     probs = torch.softmax(logits / temperatures.unsqueeze(-1), dim=-1)
     cut = [i for i, s in enumerate(params) if not s.is_greedy and (s.top_k or s.top_p < 1 or s.min_p)]
@@ -53,12 +55,13 @@ def probabilities(logits: Tensor, params: ListLike[SamplingParams]) -> Tensor:
         probs[at] = _truncated(probs[at], [params[i] for i in cut])
     if greedy:
         at = to_device(greedy, probs.device)
-        probs[at] = _one_hot(logits[at])
+        probs[at] = _one_hot(logits[at], favourites(logits[at]))
     return probs
 
 
-def _one_hot(logits: Tensor) -> Tensor:
-    return torch.zeros_like(logits).scatter_(-1, favourites(logits), 1.0)
+def _one_hot(logits: Tensor, chosen: Tensor) -> Tensor:
+    """[N, V], of the token [N, 1] of each row."""
+    return torch.zeros_like(logits).scatter_(-1, chosen, 1.0)
 
 
 def _truncated(probs: Tensor, params: ListLike[SamplingParams]) -> Tensor:
