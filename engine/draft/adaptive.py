@@ -49,7 +49,7 @@ _PROBES = (8, 256)  # rounds without drafts until one is tried again: at first, 
 _TRYING = 0.01  # share of the time that such tries may be expected to lose
 _TRYING_MEMORY = 0.999  # of what they may lose and did not, at the next step
 _LEAST = 0.02  # survival behind which no row is worth looking at
-_BESIDE_WEIGHT = 0.02  # of a step, in what drafting costs beside its calls
+_STEPS = (8, 50)  # that the mean of what drafting costs beside its calls begins with, as if they had cost nothing, and remembers
 _MAX_BATCH_BUCKET = 7  # 64 sequences and more
 
 
@@ -60,6 +60,18 @@ class _History:
     rates: Rates
     idle_rounds: int = 0  # without drafts of the drafter's own, since the last one
     patience: int = field(default=_PROBES[0])  # idle rounds until a draft is tried again
+
+
+@dataclass(slots=True)
+class _Mean:
+    """Of the last steps, more or less."""
+
+    value: float = 0.0
+    num: int = _STEPS[0]
+
+    def observe(self, seen: float) -> None:
+        self.num = min(_STEPS[1], self.num + 1)
+        self.value += (seen - self.value) / self.num
 
 
 @dataclass(slots=True)
@@ -119,7 +131,7 @@ class AdaptiveLength(FixedLength):
         self.reads_confidence = drafter is not None
         self._histories: dict[Sequence, _History] = {}
         self._allowance = 0.0  # seconds that tries may lose now
-        self._beside: dict[int, float] = {}  # by batch size: seconds of a step with drafts that its drafter's calls do not explain
+        self._beside: dict[int, _Mean] = {}  # by batch size: seconds of a step with drafts that its drafter's calls do not explain
 
     @property
     def _target(self) -> PassCosts:
@@ -209,8 +221,7 @@ class AdaptiveLength(FixedLength):
             self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds)
         self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
         if timing.num_drafter_calls:
-            before, more = self._beside.get(self._bucket, 0.0), timing.drafter_seconds - self._round.drafter_seconds
-            self._beside[self._bucket] = max(0.0, before + _BESIDE_WEIGHT * (more - before))
+            self._beside.setdefault(self._bucket, _Mean()).observe(timing.drafter_seconds - self._round.drafter_seconds)
         # a pass that catches up with many tokens of few sequences says little of one that drafts for as many
         if self._drafter is not None and timing.num_drafter_calls and 2 * timing.num_late_rows <= timing.num_drafter_rows:
             rows = max(1, timing.num_drafter_rows // timing.num_drafter_calls)
@@ -224,13 +235,14 @@ class AdaptiveLength(FixedLength):
         """How many slots to take, given the survival of each and the calls that it needs, beside what is spent in any case."""
         tokens, num_rows, drafter_seconds = self._round.tokens, self._round.num_rows, self._round.drafter_seconds
         seconds = self._target.at  # asked for every slot
+        beside = max(0.0, self._beside[self._bucket].value) if self._bucket in self._beside else 0.0
         best, best_rate = 0, tokens / (seconds(num_rows) + drafter_seconds) if tokens else 0.0
         by_depth: dict[int, int] = {}
         for num, (survival, depth) in enumerate(slots, 1):
             tokens += survival
             if depth:
                 before = self._call(by_depth[depth]) if depth in by_depth else 0.0
-                drafter_seconds += 0.0 if by_depth else self._beside.get(self._bucket, 0.0)
+                drafter_seconds += 0.0 if by_depth else beside
                 by_depth[depth] = by_depth.get(depth, 0) + 1
                 drafter_seconds += self._call(by_depth[depth]) - before
             rate = tokens / (seconds(num_rows + num) + drafter_seconds)
@@ -300,10 +312,14 @@ class AdaptiveLength(FixedLength):
         return True
 
     def _history(self, seq: Sequence) -> _History:
-        return self._histories.setdefault(seq, _History(Rates.nothing(self.max_length)))
+        if (history := self._histories.get(seq)) is None:
+            history = self._histories[seq] = _History(Rates.nothing(self.max_length))
+        return history
 
     def _of_all(self) -> Rates:
-        return self._shared.setdefault(self._bucket, Rates.nothing(self.max_length, self._predictions))
+        if (rates := self._shared.get(self._bucket)) is None:
+            rates = self._shared[self._bucket] = Rates.nothing(self.max_length, self._predictions)
+        return rates
 
 
 def _bucket(num_seqs: int) -> int:

@@ -35,10 +35,10 @@ class PassCosts:
 
     def at(self, rows: int) -> float:
         """Expected seconds."""
-        rows = self.rows_run(rows)
-        seconds = self._asked.get(rows)
+        seconds = self._asked.get(rows)  # a policy asks some hundred times a step
         if seconds is None:
-            seconds = self._asked[rows] = _between(self._known, self._values, rows) if self._known else float(rows)
+            run = self.rows_run(rows)
+            seconds = self._asked[rows] = _between(self._known, self._values, run) if self._known else float(run)
         return seconds
 
     def observe(self, rows: int, seconds: float) -> None:

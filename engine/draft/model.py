@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.draft.copying import Copying
 from engine.draft.foresight import NoForesight
+from engine.draft.ngram import Window, batch_of
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
 from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
@@ -162,6 +163,8 @@ class ModelDrafter:
 
     @torch.inference_mode()
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
+        if not any(_is_asked_of(chunk) for chunk in plan.chunks):  # among many streams that is most steps
+            return replace(batch_of(plan, [Window() for _ in plan.completing]), drafter_computed=_watermarks(plan))
         drafts = [_Draft(chunk, chunk.seq.drafter_computed) for chunk in plan.chunks]
         for draft in drafts:
             if draft.chunk.completes and draft.seq.request.speculation.enabled:
@@ -339,6 +342,15 @@ class ModelDrafter:
             num_late_rows=sum(d.num_late for d in drafts),
             predicted_masks=tuple(d.predicted_mask for d in table.drafts),
         )
+
+
+def _is_asked_of(chunk: Chunk) -> bool:
+    """Whether there may be anything to do for a chunk: drafts, a row q that is due in any case, or a piece of a prompt to read."""
+    return chunk.seq.request.speculation.enabled and (chunk.max_draft > 0 or chunk.seq.needs_q or not chunk.completes)
+
+
+def _watermarks(plan: StepPlan) -> tuple[int, ...]:
+    return tuple(chunk.seq.drafter_computed for chunk in plan.chunks)
 
 
 def _confidences(logits: Tensor, total: Tensor | None) -> list[float]:

@@ -16,6 +16,7 @@ from engine.model.layer_math import Rotary
 from engine.model.loader import context_length, has_rope_by_layer_type
 
 _MOST_BYTES = 128 << 20  # of one table: beyond, each pass computes its own
+_TRIED = 8192  # positions that passes may reach which are run for their time alone, and are beyond what small models were made for
 
 Kind = tuple[str, ...]
 
@@ -28,7 +29,7 @@ class RotaryTables:
         a row [N, ...] for each position."""
         self.kinds = _kinds(model)
         self._embed, self._like, self._form = model.model.rotary_emb, like, form
-        num_positions = context_length(model.config)
+        num_positions = max(_TRIED, context_length(model.config))
         self._whole = {kind: self._of_all(kind, num_positions) for kind in dict.fromkeys(self.kinds)}
 
     def at(self, positions: Tensor, kinds: ListLike[Kind]) -> dict[Kind, Rotary]:

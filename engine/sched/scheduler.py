@@ -229,9 +229,9 @@ class Scheduler:
         wanted = dict(zip(seqs, lengths, strict=True))
         for chunk in plan:
             num = wanted.get(chunk.seq, 0)
-            while not self.pool.grow(chunk.seq, chunk.seq.num_computed + chunk.num_tokens + num):
+            while num and not self.pool.grow(chunk.seq, chunk.seq.num_computed + chunk.num_tokens + num):
                 num -= 1
-            yield replace(chunk, max_draft=num)
+            yield replace(chunk, max_draft=num) if num else chunk
 
     def _draft_limit(self, seq: Sequence) -> int:
         """Drafts that the request allows, and that may still be emitted in front of one more token."""

@@ -139,10 +139,12 @@ def card(student: Student, history: History, passes: Passes) -> str:
     vocabulary = f"the {shape.draft_vocabulary:,} most frequent of" if shape.draft_vocabulary else "all"
     also = "; embedding and head are the target's, which must be there" if shape.embedding == "target" else ""
     drafted = f"{vocabulary} {student.model.config.vocab_size:,} tokens"
+    begun = [("begun with", f"the weights of `{_public(shape.init.drafter)}` as they were before")] if shape.init.drafter else []
     facts = [
         ("target", f"`{_public(config.target.source)}`"),
         ("shape", f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads; drafts {drafted}"),
         ("parameters", f"{num_parameters:,}, stored as {shape.dtype}{also}"),
+        *begun,
         ("data", f"{history.num_data_tokens:,} tokens of {history.num_examples:,} answers, written by the target, seed {data.seed}"),
         (
             "training",

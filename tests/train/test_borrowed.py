@@ -120,6 +120,7 @@ def test_a_drafter_is_trained_further(drafter: Path, recipe: Recipe, shards: lis
     before, after = (load(folder, torch.float32, CPU).state_dict() for folder in (drafter, again))
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, rtol=1e-5, atol=1e-7, msg=name)
+    assert f"| begun with | the weights of `{drafter.name}`" in (again / "README.md").read_text("utf-8")
     wrong = recipe(drafter=shape | {"intermediate_size": 8}, training__folder=output + "-wrong", output=output + "-3")
     with pytest.raises(ConfigError, match=r"init\.drafter: .* has another shape: intermediate_size is 8 here, there 24"):
         distil(wrong, MATERIAL, shards, "x", Watch())
