@@ -96,7 +96,8 @@ def idle(setting: GpuSetting, num_streams: int) -> Measured:
 def verify(setting: GpuSetting) -> Measured:
     """Time of a pass over 6 tokens over that of a pass over 1."""
     shape, passes = setting.shape, 4 * setting.shape.steps
-    core = setting.program(Asked(1, shape.prompt + 16)).core
+    # with the drafter, so that windows of its drafts are recorded as well as single tokens
+    core = setting.program(Asked(1, shape.prompt + 16, FIXED), setting.models.pair.drafter).core
 
     def side(num_draft: int) -> Callable[[Any], float]:
         return lambda seq: window_milliseconds(core, seq, num_draft, passes)

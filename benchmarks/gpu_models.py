@@ -299,7 +299,7 @@ def program_of(shape: Shape, asked: Asked, target: Member, drafter: Member | Non
             kv_cache=ByteSize(blocks * _BLOCK_SIZE * sum(kv_bytes_per_token(each.stack) for each in members)),
         ),
     )
-    return EngineProgram(assemble(config, target, drafter, Extras(costs=asked.costs)), SpeculationParams(rule="exact"))
+    return EngineProgram(assemble(config, target, drafter, Extras(costs=asked.costs, progress=_log.info)), SpeculationParams(rule="exact"))
 
 
 class RandomPrompts:

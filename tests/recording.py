@@ -25,6 +25,9 @@ class CallingRecorder:
     spoil: Callable[[int], None] = lambda number: None  # may raise as the recording of this number begins
     alive: list[object] = field(default_factory=list)
 
+    def begin(self) -> None:
+        """Nothing is shared."""
+
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         self.spoil(self.num_recorded)
         self.num_recorded += 1

@@ -15,8 +15,8 @@ those, the likeliest first, whose further drafts raise expected tokens a second,
 confidences (calibration.py). One alone that goes on pays for a whole call. The idea of asking is that of Huang et al., "SpecDec++" (2024);
 here costs set the threshold, and nobody has to.
 
-A drafter that was not asked for a while has the text to read first. That is no call's cost but that of drafting at all, now and then: what
-steps with drafts took beside their calls, on average, is charged to the first draft of a step.
+A drafter that was not asked for a while has the text to read first. The rounds that are left share what that costs, up to some, since a
+sequence that is drafted for once may not be the next time: their part is charged to the first draft.
 
 What is foreseen stands in front of all that, and costs no call. So the text is asked, before lengths are chosen, how many of its next
 tokens are: one that a grammar forces has a rate of 1, one that the client predicted a rate of its own, learnt apart from the drafter's, and
@@ -49,7 +49,7 @@ _PROBES = (8, 256)  # rounds without drafts until one is tried again: at first, 
 _TRYING = 0.01  # share of the time that such tries may be expected to lose
 _TRYING_MEMORY = 0.999  # of what they may lose and did not, at the next step
 _LEAST = 0.02  # survival behind which no row is worth looking at
-_STEPS = (8, 50)  # that the mean of what drafting costs beside its calls begins with, as if they had cost nothing, and remembers
+_SHARING = 32  # rounds, at most, that share what reading the text costs a drafter
 _MAX_BATCH_BUCKET = 7  # 64 sequences and more
 
 
@@ -60,18 +60,6 @@ class _History:
     rates: Rates
     idle_rounds: int = 0  # without drafts of the drafter's own, since the last one
     patience: int = field(default=_PROBES[0])  # idle rounds until a draft is tried again
-
-
-@dataclass(slots=True)
-class _Mean:
-    """Of the last steps, more or less."""
-
-    value: float = 0.0
-    num: int = _STEPS[0]
-
-    def observe(self, seen: float) -> None:
-        self.num = min(_STEPS[1], self.num + 1)
-        self.value += (seen - self.value) / self.num
 
 
 @dataclass(slots=True)
@@ -96,6 +84,7 @@ class _Outlook:
 
     survivals: list[float]  # as far as they are worth looking at
     num_foreseen: int  # leading drafts that cost no call
+    late_seconds: float  # this round's share of what it costs the drafter to catch up with the text
     limit: int  # drafts that it may make
 
     def calls(self, position: int) -> int:
@@ -131,7 +120,6 @@ class AdaptiveLength(FixedLength):
         self.reads_confidence = drafter is not None
         self._histories: dict[Sequence, _History] = {}
         self._allowance = 0.0  # seconds that tries may lose now
-        self._beside: dict[int, _Mean] = {}  # by batch size: seconds of a step with drafts that its drafter's calls do not explain
 
     @property
     def _target(self) -> PassCosts:
@@ -145,7 +133,7 @@ class AdaptiveLength(FixedLength):
         row_seconds = self._call(len(seqs)) if any(seq.needs_q for seq in seqs) else 0.0  # of rows that are due without any draft
         self._round = _Round(len(seqs), num_rows, row_seconds)
         lengths = [0] * len(seqs)
-        for _, _, b in slots[: self._best([(-s, outlooks[b].calls(j)) for s, j, b in slots])]:
+        for _, _, b in slots[: self._best([(-s, outlooks[b].calls(j), outlooks[b].late_seconds) for s, j, b in slots])]:
             lengths[b] += 1
         probing = self._probing(seqs, outlooks, lengths)
         if self.reads_confidence:  # whose drafter drafts at all may follow a run to its end
@@ -220,8 +208,6 @@ class AdaptiveLength(FixedLength):
         if timing.num_target_rows:  # else nobody could run
             self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds)
         self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
-        if timing.num_drafter_calls:
-            self._beside.setdefault(self._bucket, _Mean()).observe(timing.drafter_seconds - self._round.drafter_seconds)
         # a pass that catches up with many tokens of few sequences says little of one that drafts for as many
         if self._drafter is not None and timing.num_drafter_calls and 2 * timing.num_late_rows <= timing.num_drafter_rows:
             rows = max(1, timing.num_drafter_rows // timing.num_drafter_calls)
@@ -231,18 +217,18 @@ class AdaptiveLength(FixedLength):
         self._histories.pop(seq, None)
         self._round.stand.pop(seq, None)
 
-    def _best(self, slots: ListLike[tuple[float, int]]) -> int:
-        """How many slots to take, given the survival of each and the calls that it needs, beside what is spent in any case."""
+    def _best(self, slots: ListLike[tuple[float, int, float]]) -> int:
+        """How many slots to take, beside what is spent in any case, given of each its survival, the calls that it needs, and what its
+        sequence's first draft costs besides."""
         tokens, num_rows, drafter_seconds = self._round.tokens, self._round.num_rows, self._round.drafter_seconds
         seconds = self._target.at  # asked for every slot
-        beside = max(0.0, self._beside[self._bucket].value) if self._bucket in self._beside else 0.0
         best, best_rate = 0, tokens / (seconds(num_rows) + drafter_seconds) if tokens else 0.0
         by_depth: dict[int, int] = {}
-        for num, (survival, depth) in enumerate(slots, 1):
+        for num, (survival, depth, late) in enumerate(slots, 1):
             tokens += survival
             if depth:
                 before = self._call(by_depth[depth]) if depth in by_depth else 0.0
-                drafter_seconds += 0.0 if by_depth else beside
+                drafter_seconds += late if depth == 1 else 0.0
                 by_depth[depth] = by_depth.get(depth, 0) + 1
                 drafter_seconds += self._call(by_depth[depth]) - before
             rate = tokens / (seconds(num_rows + num) + drafter_seconds)
@@ -276,7 +262,13 @@ class AdaptiveLength(FixedLength):
             survivals.append(survival)
             if survival < _LEAST:
                 break
-        return _Outlook(survivals, len(foreseen), limit)
+        return _Outlook(survivals, len(foreseen), self._late_seconds(seq), limit)
+
+    def _late_seconds(self, seq: Sequence) -> float:
+        num_late = len(seq.tokens) - seq.drafter_computed - 1
+        if num_late < 1 or seq.needs_q:  # who needs q is read in any case
+            return 0.0
+        return (self._call(num_late) - self._call(1)) / min(_SHARING, max(1, seq.num_remaining))
 
     def _calibration(self, seq: Sequence) -> Calibration:
         key = seq.request.sampling.is_greedy, seq.request.speculation.rule

@@ -356,9 +356,9 @@ def _watermarks(plan: StepPlan) -> tuple[int, ...]:
 def _confidences(logits: Tensor, total: Tensor | None) -> list[float]:
     """The largest probability of each row [N, V] at temperature 1: a greedy row would always be sure of itself.
 
-    `total` [N] are the logarithms of the rows' sums of exponentials, if they are known.
+    `total` [N] are the logarithms of the rows' sums of exponentials, if they are known. None is above 1, as those of foreseen drafts are.
     """
-    largest = logits.softmax(-1).amax(-1) if total is None else (logits.amax(-1) - total).exp()
+    largest = logits.softmax(-1).amax(-1) if total is None else (logits.amax(-1) - total).exp().clamp(max=1)
     found: list[float] = largest.tolist()
     return found
 

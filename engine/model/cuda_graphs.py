@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -21,8 +23,12 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.begin()
+
+    def begin(self) -> None:
+        gc.collect()  # nothing that CUDA is to destroy is left for the time in which a stream is recorded
+        self._pool = torch.cuda.graph_pool_handle()  # memory of a pool comes back when nothing is left in it
         self._is_spoilt = False
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -58,7 +64,8 @@ class CudaRecorder:
             # host's goes on asking this graph whose memory is whose, and neither can begin once more with this pool
             self._is_spoilt = True
             _failed.append(graph)
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            with suppress(RuntimeError):  # the allocator was told already where what came after it failed
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
             raise
 
     def free_bytes(self) -> int:

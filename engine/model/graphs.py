@@ -32,10 +32,14 @@ _LEAST = 16  # rows for which there is a graph in any case; so many rows of logi
 _WANTED = 1 / 4  # of the rows: beyond _LEAST, of passes that want fewer the head would be computed in vain
 _TOLERANCE = 2e-2  # of the largest logit: a library may take another kernel when it is recorded, and no more than that
 _SAID = 4  # times that a bar is shown
+_PLACES = 1 / 2  # of the bound, at most, for what passes leave
 
 
 class Recorder(Protocol):
     """Records what a device is asked to do."""
+
+    def begin(self) -> None:
+        """What is recorded from here on shares memory, and none with what was recorded before."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """What does again what `run` does, on the same tensors. `run` is called some times before. Raises RuntimeError where it cannot."""
@@ -158,16 +162,33 @@ def record(stack: DecoderStack, attention: Attention, passes: Passes, vocab_size
         bound.say(f"No CUDA graphs of the {bound.name}: attention by {stack.attention.name} cannot be recorded, by triton it can")
         return Graphs()
     asked = buckets(passes, fixed.windows)
-    ids = torch.arange(asked[0].num_rows, device=stack.device) * 7919 % vocab_size
-    logits = torch.empty(asked[0].num_rows, vocab_size, dtype=stack.dtype, device=stack.device)
-    recording = _Recording(stack, fixed, _Places(ids, logits), recorder, bound, free)
-    found = recording.all(asked, passes.num_positions)
+    fitting = [bucket for bucket in asked if bucket.num_rows * vocab_size * stack.dtype.itemsize < bound.num_bytes * _PLACES]
+    try:
+        recording = _Recording(stack, fixed, _places(stack, fitting, vocab_size), recorder, bound, free)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fitting = []
+    if not fitting:
+        bound.say(
+            f"No CUDA graphs of the {bound.name}: of {max(0, bound.num_bytes) >> 20} MiB for them its logits alone would take too much"
+        )
+        return Graphs()
+    recorder.begin()
+    found = recording.all(fitting, passes.num_positions)
     larger = f"; passes of other shapes, and those over more than {max(own.num_rows for own in found)} rows," if found else ": all passes"
     bound.say(
         f"CUDA graphs of the {bound.name}: {len(found)} of {len(asked)} in {(free - recorder.free_bytes()) >> 20} MiB and "
         f"{time.perf_counter() - began:.1f} s{larger} are launched kernel by kernel"
     )
-    return Graphs(recording.recorded, recording.places, passes.num_positions)
+    return Graphs(recording.recorded, recording.places, passes.num_positions) if found else Graphs()
+
+
+def _places(stack: DecoderStack, fitting: ListLike[Bucket], vocab_size: int) -> _Places:
+    """Room for the largest of these."""
+    most = max((bucket.num_rows for bucket in fitting), default=0)
+    ids = torch.arange(most, device=stack.device) * 7919 % vocab_size
+    return _Places(ids, torch.empty(most, vocab_size, dtype=stack.dtype, device=stack.device))
 
 
 class _Recording:

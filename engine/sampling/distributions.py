@@ -55,7 +55,8 @@ def probabilities(logits: Tensor, params: ListLike[SamplingParams]) -> Tensor:
         probs[at] = _truncated(probs[at], [params[i] for i in cut])
     if greedy:
         at = to_device(greedy, probs.device)
-        probs[at] = _one_hot(logits[at], favourites(logits[at]))
+        own = logits[at]
+        probs[at] = _one_hot(own, favourites(own))
     return probs
 
 

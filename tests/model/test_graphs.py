@@ -183,8 +183,8 @@ def test_progress_and_what_came_of_it_are_said() -> None:
 
 
 def test_the_bound_is_kept() -> None:
-    recorder = CallingRecorder(cost=10)
-    model, said = recorded(recorder, bound=35)
+    recorder = CallingRecorder(cost=10 << 20)
+    model, said = recorded(recorder, bound=35 << 20)
     assert len(recorder.alive) == 3, "the fourth was one too many"
     assert any("3 of" in line for line in said)
     segments, ids = batch((0, 1))
@@ -192,7 +192,20 @@ def test_the_bound_is_kept() -> None:
     want = model_of().forward(segments, ids, [0])
     torch.testing.assert_close(model.forward(segments, ids, [0]), want, rtol=0, atol=1e-12)
     assert recorder.num_repeated == before + 1, "a larger one serves it"
-    assert recorded(CallingRecorder(cost=10), bound=5)[0].rows_run(1) == rows_run(1)
+    assert recorded(CallingRecorder(cost=10 << 20), bound=5 << 20)[0].rows_run(1) == rows_run(1)
+
+
+def test_what_passes_leave_takes_half_of_the_bound_at_most() -> None:
+    recorder = CallingRecorder()
+    model, _ = recorded(recorder, bound=2 * 9 * VOCAB * 8)  # 9 rows of logits in float64
+    assert max(bucket.num_rows for bucket in model._graphs.buckets) == 8
+    assert model.rows_run(9) == rows_run(9)
+    for bound in (0, -1, VOCAB):
+        recorder = CallingRecorder()
+        model, said = recorded(recorder, bound=bound)
+        assert recorder.num_recorded == 0
+        assert model._graphs.buckets == []
+        assert said == ["No CUDA graphs of the target: of 0 MiB for them its logits alone would take too much"]
 
 
 def test_a_bucket_without_memory_is_left_out_and_smaller_ones_are_tried() -> None:

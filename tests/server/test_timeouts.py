@@ -59,8 +59,8 @@ async def test_the_sdk_does_not_ask_again(folder: Path) -> None:
 
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error(both: Served) -> None:
-    object.__setattr__(both.app.state.deployment.server, "request_timeout_seconds", 0.2)
-    both.answer_with(parts=[Part((40,))], endless=True, delay=0.01)
+    object.__setattr__(both.app.state.deployment.server, "request_timeout_seconds", 1.0)
+    both.answer_with(parts=[Part((40,))], endless=True, delay=0.05)
     events = events_of(await both.complete("hello", stream=True))
     assert json.loads(events[-2])["error"]["code"] == "request_timeout"
     assert events[-1] == "[DONE]"

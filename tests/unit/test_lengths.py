@@ -23,7 +23,11 @@ FLAT = {1: 1.0, 64: 1.0}  # more rows cost nothing
 
 
 def sequences(num: int) -> list[Sequence]:
-    return [Sequence(make_request(id=f"r{i}"), Choice()) for i in range(num)]
+    """Whose drafter has kept up."""
+    found = [Sequence(make_request(id=f"r{i}"), Choice()) for i in range(num)]
+    for seq in found:
+        seq.drafter_computed = len(seq.tokens) - 1
+    return found
 
 
 # ---------------------------------------------------------------------- costs
@@ -290,15 +294,18 @@ def test_tries_lose_a_hundredth_of_the_time_at_most() -> None:
     assert tokens / seconds > 0.98 * 16 / 1.6
 
 
-def test_what_drafting_takes_beside_its_calls_is_charged_to_it() -> None:
-    """A drafter that reads a hundred tokens before each of its drafts: its calls are as quick as ever, and do not pay."""
-    policy, seqs = adaptive(FLAT, {1: 0.1, 64: 0.1}), sequences(4)
-    assert sum(chosen(policy, seqs)) > 0
-    for _ in range(200):
-        chosen(policy, seqs)
-        policy.observe_step(StepTiming(8, 1.0, num_drafter_calls=1, num_drafter_rows=104, num_late_rows=100, drafter_seconds=4.1))
-    assert sum(chosen(policy, seqs)) == 0
-    assert sum(chosen(policy, sequences(1))) > 0, "one alone has not seen it"
+def test_a_drafter_that_has_much_to_read_is_asked_where_enough_rounds_are_left() -> None:
+    policy = adaptive(FLAT, {1: 0.1, 64: 6.4})
+    late, ready = (Sequence(make_request(id=name, prompt=tuple(range(100)), max_tokens=400), Choice()) for name in ("late", "ready"))
+    ready.drafter_computed = 99
+    assert chosen(policy, [late])[0] > 0, "10 seconds that 32 rounds share"
+    assert chosen(policy, [ready])[0] > 0
+    late.tokens += range(390)  # 10 rounds are left for 49 seconds
+    ready.tokens += range(390)
+    ready.drafter_computed = 489
+    assert chosen(policy, [late]) == [0]
+    assert chosen(policy, [ready])[0] > 0
+    assert chosen(policy, [ready, late])[1] == 0, "each its own"
 
 
 def test_nobody_is_drafted_for_where_nobody_is_or_nothing_may_be_drafted() -> None:

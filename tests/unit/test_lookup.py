@@ -9,6 +9,7 @@ import torch
 
 from engine.draft.copying import LENGTHS, Copying
 from engine.draft.lookup import SuffixIndex
+from engine.draft.model import _confidences
 from tests.reference import NaiveCopying
 from tests.unit.factories import make_sequence
 
@@ -49,7 +50,11 @@ def test_rows_are_mixed_as_by_hand() -> None:
             torch.testing.assert_close(got.softmax(-1), torch.tensor(want, dtype=torch.float64).softmax(-1), rtol=0, atol=1e-12)
             changed += not torch.equal(got, logits)
             assert total is None or torch.allclose(total, got.logsumexp(-1), rtol=0, atol=1e-12)
-            assert (total is None) == torch.equal(got, logits), "known wherever something was mixed in"
+            assert (total is None) == torch.equal(got, logits), "known where something was mixed into all"
+            own, total = copying.mixed(logits.clone(), [seq, make_sequence((0,))], [text[num_tokens:], []])
+            assert total is None, "nothing could be mixed into the second"
+            assert torch.equal(own[0], got[0])
+            assert torch.equal(own[1], logits[1])
     assert changed > 50
     assert LENGTHS == (4, 2), "the oracle knows these"
 
@@ -59,3 +64,11 @@ def test_a_sequence_that_left_is_forgotten() -> None:
     copying.mixed(torch.zeros(1, 5), [seq], [[]])
     copying.forget(seq)
     assert not copying._indexes
+
+
+def test_confidences_are_the_largest_probabilities() -> None:
+    logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, -torch.inf, -torch.inf]], dtype=torch.float64)
+    want = pytest.approx([*logits[:1].softmax(-1).amax(-1).tolist(), 1.0], abs=1e-12)
+    assert _confidences(logits, None) == want
+    assert _confidences(logits, logits.logsumexp(-1)) == want
+    assert max(_confidences(logits, logits.logsumexp(-1) - 1e-9)) == 1.0, "more would be taken for a draft that was foreseen"

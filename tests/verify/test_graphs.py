@@ -84,11 +84,11 @@ def test_the_bound_holds_for_both_models_together_and_the_drafter_comes_first() 
         setup = Setup(max_sequences=2, max_step_tokens=64, attention=FixedGather(), recorder=recorder, cuda_graph_memory=memory)
         return make_core(setup)
 
-    everything = core(1000, 1)
+    everything = core(1000 << 20, 1 << 20)
     num_target, num_drafter = len(buckets(everything)), len(buckets(everything, is_drafter=True))
     assert num_target > 2
     assert num_drafter > 1
-    tight = core(num_drafter + 2, 1)
+    tight = core((num_drafter + 2) << 20, 1 << 20)
     assert len(buckets(tight, is_drafter=True)) == num_drafter
     assert len(buckets(tight)) == 2
     little = core(1 << 30, 1 << 28)  # of 1 GiB that is free
