@@ -71,10 +71,10 @@ def test_a_drafter_is_judged_by_its_own_drafts_and_a_prediction_by_its_own() -> 
     for _ in range(30):
         of_drafter.observe(seq, 3, 1, (PREDICTED, 0.5, 0.5))  # the drafter is refused
         of_prediction.observe(seq, 3, 1, (0.5, PREDICTED, PREDICTED))  # the prediction is
-    assert of_drafter._history(seq).rates.own[0].mixed_with(0.5) < 0.1
-    assert of_drafter._predicted_rate(seq) > 0.95
-    assert of_prediction._history(seq).rates.own[0].mixed_with(0.5) > 0.9
-    assert of_prediction._predicted_rate(seq) < 0.05
+    assert of_drafter._history(seq).rates.own[0].mixed_with(0.5) < 0.2
+    assert of_drafter._predicted_rate(seq) > 0.9
+    assert of_prediction._history(seq).rates.own[0].mixed_with(0.5) > 0.8
+    assert of_prediction._predicted_rate(seq) < 0.1
     assert length_of(of_drafter, seq) == 4
     assert length_of(of_prediction, seq) == 0, "behind what will be refused nothing stands"
 
