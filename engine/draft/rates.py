@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.plan import CERTAIN, PREDICTED
 
-_PRIOR_WEIGHT = 8.0  # in drafts: what was believed before, against what was seen; with fewer, luck with two or three would choose who drafts
+_PRIOR_WEIGHT = 8.0  # in drafts: what was believed before, against what was seen; with fewer, luck would choose who drafts
 
 
 @dataclass(slots=True)
