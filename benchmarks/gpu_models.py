@@ -178,7 +178,7 @@ def member(model: Any, kind: LinearKind = AS_THEY_ARE, math: LayerMath | None = 
 
 
 def _attention(say: Callable[[str], None], shape: AttentionShape) -> AttentionKind:
-    return choose_attention("auto", shape, _BLOCK_SIZE, say)
+    return choose_attention("auto", shape, _BLOCK_SIZE, say, is_recording=True)
 
 
 def read_bytes(model: Any) -> int:

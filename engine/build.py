@@ -40,6 +40,7 @@ from engine.errors import ConfigError
 from engine.grammar.automaton import Automata, Vocabulary
 from engine.grammar.masks import GrammarMasks
 from engine.kv.block_pool import BlockPool
+from engine.model.attention import AttentionKind, AttentionShape
 from engine.model.attention_choice import choose_attention
 from engine.model.borrowed import lender_of
 from engine.model.budget import Footprint, kv_budget
@@ -337,9 +338,12 @@ def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Pa
     progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}, {kind.note}")
     model, draft_ids = load(path, dtype, device, cache_dir), read_draft_ids(path, config.vocab_size)
     block_size, math = runtime.block_size, choose_layer_math(dtype, device, progress)
-    stack = DecoderStack(
-        model, kind, draft_ids, lambda shape: choose_attention(runtime.attention, shape, block_size, progress), block_size, math
-    )
+    is_recording = runtime.cuda_graphs != "off"
+
+    def attention(shape: AttentionShape) -> AttentionKind:
+        return choose_attention(runtime.attention, shape, block_size, progress, is_recording=is_recording)
+
+    stack = DecoderStack(model, kind, draft_ids, attention, block_size, math)
     return Member(stack, context_length(config), path, end_token_ids(path))
 
 

@@ -59,6 +59,7 @@ class FixedGather:
 
     windows: tuple[int, ...] = (2, 4)
     name: str = "fixed-gather"
+    is_recordable: bool = True
 
     @property
     def forms(self) -> ListLike[AttentionKind]:

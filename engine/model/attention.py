@@ -120,6 +120,10 @@ class AttentionKind(Protocol):
     def name(self) -> str: ...
 
     @property
+    def is_recordable(self) -> bool:
+        """Whether small passes of it can be recorded (graphs.py)."""
+
+    @property
     def forms(self) -> ListLike[AttentionKind]:
         """The ways in which it may go about a pass, each of which is to be tried out."""
 

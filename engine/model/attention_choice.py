@@ -58,8 +58,12 @@ def choose_attention(
     say: Callable[[str], None],
     kinds: ListLike[AttentionKind] = KINDS,
     seconds_of: Callable[[AttentionKind, AttentionShape, int], tuple[float, float]] | None = None,
+    is_recording: bool = False,
 ) -> AttentionKind:
-    """The kind of that name, or for `auto` the one that takes least time. Raises ConfigError where the one asked for cannot serve."""
+    """The kind of that name, or for `auto` the one that takes least time. Raises ConfigError where the one asked for cannot serve.
+
+    `is_recording`: small passes will be recorded if they can be, so that what decoding takes here, which is launches, does not count.
+    """
     if asked == "gather" or (asked == "auto" and shape.device.type != "cuda"):
         return GATHER
     if asked != "auto":
@@ -68,7 +72,8 @@ def choose_attention(
             raise ConfigError(f"engine.attention: {asked} - {mistake}. auto takes what is there")
         return kind
     trials = [_tried(kind, shape, block_size, seconds_of or measured) for kind in kinds]
-    best = min((trial for trial in trials if trial.mistake is None), key=lambda trial: sum(trial.seconds))
+    right = [trial for trial in trials if trial.mistake is None]
+    best = min(right, key=lambda trial: trial.seconds[1] if is_recording and trial.kind.is_recordable else sum(trial.seconds))
     others = "; ".join(trial.said for trial in trials if trial is not best)
     say(f"Attention by {best.said} a layer, decoding and a piece of a prompt ({others})")
     return best.kind

@@ -34,6 +34,7 @@ class FlashInferAttention:
     """The kind."""
 
     name = "flashinfer"
+    is_recordable = False
 
     @property
     def forms(self) -> ListLike[FlashInferAttention]:

@@ -235,6 +235,7 @@ class GatherAttention:
     """Runs everywhere, in every dtype, at the price of a copy of all keys and values that are seen."""
 
     name = "gather"
+    is_recordable = False
 
     @property
     def forms(self) -> ListLike[AttentionKind]:

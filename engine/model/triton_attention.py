@@ -52,6 +52,10 @@ class TritonAttention:
         return "triton"
 
     @property
+    def is_recordable(self) -> bool:
+        return True
+
+    @property
     def forms(self) -> ListLike[TritonAttention]:
         """With and without parts: so both are compiled at the start, too."""
         return tuple(replace(self, splits=splits) for splits in (1, 3))

@@ -33,6 +33,7 @@ class VarlenAttention:
     """The kind."""
 
     name = "varlen"
+    is_recordable = False
 
     @property
     def forms(self) -> ListLike[VarlenAttention]:

@@ -62,6 +62,7 @@ class _Fake:
     window: int | None = None
     failure: Exception | None = None
     bad_form: bool = False
+    is_recordable: bool = False
 
     @property
     def forms(self) -> ListLike[AttentionKind]:
@@ -129,6 +130,20 @@ def test_on_a_gpu_it_is_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatc
         "wrong: it is off by 1.0e+00 here, where 1e-04 is rounding in torch.float32; missing: it is not here)"
     ]
     assert choose_attention("auto", gpu, 16, said.append, (GATHER, wrong), lambda kind, *_: times[kind.name]) is GATHER
+
+
+def test_launches_that_recording_saves_are_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of one token is launches alone, and those are replayed."""
+    times = {"gather": (9e-5, 9e-5), "quick": (3e-5, 4e-5), "recorded": (8e-5, 6e-5), "slow": (8e-5, 9e-5)}
+    quick, recorded, slow = _Fake("quick"), _Fake("recorded", is_recordable=True), _Fake("slow", is_recordable=True)
+    monkeypatch.setattr(attention_choice, "mistake_of", lambda kind, shape, block_size: mistake_of(kind, CPU, block_size))
+    gpu = replace(CPU, device=torch.device("cuda"))
+    for kinds, is_recording, want in (
+        ((GATHER, quick, recorded), True, recorded),
+        ((GATHER, quick, recorded), False, quick),
+        ((GATHER, quick, slow), True, quick),
+    ):
+        assert choose_attention("auto", gpu, 16, print, kinds, lambda kind, *_: times[kind.name], is_recording) is want
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
