@@ -175,7 +175,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     stacks = [target.stack, *([drafter.stack] if drafter else [])]
     vocab_size = min(stack.vocab_size for stack in stacks)
     block_size = config.engine.block_size
-    footprints = [Footprint.of(stack.config, stack.dtype, kv_bytes_per_token(stack)) for stack in stacks]
+    footprints = [Footprint.of(own.config, own.dtype, kv_bytes_per_token(own), own.attention.is_recordable) for own in stacks]
     kv_bytes = kv_budget(config.engine, target.stack.device, make_policy(config).max_length, footprints)
     memory = plan_memory(config.engine, sum(map(kv_bytes_per_token, stacks)), target.context_length, kv_bytes)
     require_memory(memory.bytes_per_token * memory.num_blocks * block_size, target.stack.device)

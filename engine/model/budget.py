@@ -6,7 +6,7 @@ On a GPU: `gpu_memory_fraction` of its memory, less what is in use once the weig
     distributions   for each row of the verify windows, rows over the vocabulary of both models and of who judges them
     scores          for each row of a pass, the logits of the target, which a prompt that is scored wants all of
     libraries       a GiB: their workspaces, and what lies between allocations
-    recorded passes engine.cuda_graph_memory, unless engine.cuda_graphs is off
+    recorded passes engine.cuda_graph_memory, unless engine.cuda_graphs is off, or the attention chosen cannot be recorded
 
 and, since a step may gather what it attends to, two layers' shares of the cache. On a CPU, whose memory others use as well, it is a
 GiB, or what an answer of `max_model_len` takes, if that is more.
@@ -41,12 +41,13 @@ class Footprint:
     num_layers: int
     itemsize: int  # of its dtype
     kv_bytes_per_token: int
+    is_recordable: bool = True  # its passes, as far as its attention goes
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype, kv_bytes_per_token: int) -> Footprint:
+    def of(cls, config: Any, dtype: torch.dtype, kv_bytes_per_token: int, is_recordable: bool = True) -> Footprint:
         """By a transformers config."""
         sizes = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-        return cls(*sizes, dtype.itemsize, kv_bytes_per_token)
+        return cls(*sizes, dtype.itemsize, kv_bytes_per_token, is_recordable)
 
 
 def reserve_bytes(runtime: RuntimeConfig, max_draft: int, models: ListLike[Footprint]) -> int:
@@ -56,7 +57,8 @@ def reserve_bytes(runtime: RuntimeConfig, max_draft: int, models: ListLike[Footp
     activations = max(num_rows * m.itemsize * (_STATES * m.hidden_size + _PRODUCTS * m.intermediate_size) for m in models)
     distributions = max(num_in_windows * m.vocab_size * (m.itemsize + 4 * _FLOAT32_ROWS) for m in models)
     scores = num_rows * models[0].vocab_size * models[0].itemsize  # the copy of the windows among them is in the distributions
-    recorded = int(runtime.cuda_graph_memory) if runtime.cuda_graphs == "auto" else 0
+    is_recorded = runtime.cuda_graphs == "auto" and any(m.is_recordable for m in models)
+    recorded = int(runtime.cuda_graph_memory) if is_recorded else 0
     return LIBRARIES + recorded + activations + distributions + scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def test_a_gpu_gives_what_weights_and_steps_leave() -> None:
     )
     launched = recorded.model_copy(update={"cuda_graphs": "off"})
     assert kv_budget(launched, CUDA, 8, [LLAMA, LAYER]) - found == pytest.approx(GIB * 32 / 34, abs=2)
+    launching = [replace(model, is_recordable=False) for model in (LLAMA, LAYER)]
+    assert kv_budget(runtime, CUDA, 8, launching) == kv_budget(launched, CUDA, 8, [LLAMA, LAYER])
     assert kv_budget(runtime.model_copy(update={"gpu_memory_fraction": 0.5}), CUDA, 8, [LLAMA, LAYER]) < 0.5 * found
     assert kv_budget(runtime, CUDA, 8, [LLAMA, LAYER], weight_bytes=GIB) == found - GIB * 32 // 34, "what is still to be loaded"
 
