@@ -182,7 +182,7 @@ def fused(setting: GpuSetting) -> Measured:
 
     def side(by: LayerMath) -> Callable[[int], dict[int, float]]:
         stack = member(pair.model, math=by).stack
-        return lambda _: measure(stack, (few, many))
+        return lambda _: measure(stack, (few, many), recorder_of("auto", setting.device))  # as a deployment's passes are
 
     sides = Sides(lambda i: i, [side(TORCH), side(TritonMath(setting.device, _log.info))])
     _warm(sides)
