@@ -5,10 +5,8 @@ They run compiled where there is a CUDA device, else step by step where TRITON_I
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,18 +19,9 @@ from engine.model.attention import AttentionKind, AttentionShape, LayerAttention
 from engine.model.attention_choice import choose_attention, mistake_of
 from engine.model.gather_attention import GATHER
 from engine.model.triton_attention import TritonAttention
+from tests.triton_device import DEVICE, IS_INTERPRETED, NEEDS_TRITON
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu")
-
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("triton") is None or (DEVICE.type == "cpu" and not IS_INTERPRETED),
-        reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),  # Triton 3.9 announces what 3.10 does
-]
+pytestmark = NEEDS_TRITON
 
 # start and tokens: a whole prompt, later chunks of others, verify windows, single tokens; ends in and at the end of a block
 MIXTURE = ((0, 21), (13, 19), (29, 5), (0, 1), (16, 1), (47, 1))

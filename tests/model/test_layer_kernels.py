@@ -5,8 +5,6 @@ They run compiled where there is a CUDA device, else step by step where TRITON_I
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -27,18 +25,9 @@ from engine.model.triton_layer import (
     triton_norm,
     why_not,
 )
+from tests.triton_device import DEVICE, IS_INTERPRETED, NEEDS_TRITON
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu")
-
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("triton") is None or (DEVICE.type == "cpu" and not IS_INTERPRETED),
-        reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),  # Triton 3.9 announces what 3.10 does
-]
+pytestmark = NEEDS_TRITON
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NORMS = {"llama": LlamaRMSNorm, "gemma": Gemma3RMSNorm, "torch": nn.RMSNorm}

@@ -5,9 +5,7 @@ It runs compiled where there is a CUDA device, else step by step where TRITON_IN
 
 from __future__ import annotations
 
-import os
 import random
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,18 +16,9 @@ from engine.model.attention import Attention, AttentionShape, LayerAttention, Pa
 from engine.model.gather_attention import GATHER
 from engine.model.triton_attention import TritonAttention, TritonContext
 from engine.model.triton_fixed import TritonFixed
+from tests.triton_device import DEVICE, NEEDS_TRITON
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu")
-
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("triton") is None or (DEVICE.type == "cpu" and not IS_INTERPRETED),
-        reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),  # Triton 3.9 announces what 3.10 does
-]
+pytestmark = NEEDS_TRITON
 
 BLOCK, HEADS, DIM, POSITIONS = 4, 2, 16, 1024
 # for passes of so many rows: batches of (start, tokens), which leave from no row to most of them to fill up

@@ -6,10 +6,7 @@ where there is a CUDA device, else step by step where TRITON_INTERPRET=1 says so
 
 from __future__ import annotations
 
-import copy
-import os
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,17 +16,11 @@ from engine.core import EngineCore
 from engine.model.graphs import Bucket
 from engine.model.triton_attention import TritonAttention
 from tests.recording import CallingRecorder, FixedGather
-from tests.reference import NaiveModel, answer
-from tests.tiny import VOCAB, Setup, drive, make_core, naive_target, target_model
+from tests.reference import answer
+from tests.tiny import Setup, drive, make_core, naive_target
+from tests.triton_device import DEVICE, asked_of, needs_triton
 from tests.verify.requests import greedy, guided, mask_of
 from tests.verify.test_promise import POLICIES, SETUPS, drafter_of, promised
-
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
-needs_kernels = pytest.mark.skipif(
-    find_spec("triton") is None or (DEVICE == "cpu" and not IS_INTERPRETED),
-    reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1",
-)
 
 
 def buckets(core: EngineCore, is_drafter: bool = False) -> list[Bucket]:
@@ -102,23 +93,20 @@ def test_costs_go_by_the_rows_that_are_repeated() -> None:
     assert make_core(Setup())._parts.without_drafts._costs.rows_run(1) == 4, "launched ones are filled up as ever"
 
 
-@needs_kernels
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")  # Triton 3.9 announces what 3.10 does
+@needs_triton
 @pytest.mark.parametrize("splits", [None, 2])
 @pytest.mark.parametrize("drafter", ["none", "model"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_greedy_text_over_our_kernels_is_that_of_the_naive_loop(architecture: str, drafter: str, splits: int | None) -> None:
-    requests = greedy(3)
-    naive = NaiveModel(copy.deepcopy(target_model(torch.float32, VOCAB, architecture)).to(torch.float64))
-    want = {(r.id, 0): answer(r, naive) for r in requests}
-    recorder = None if DEVICE == "cuda" else CallingRecorder()
+    requests, want = asked_of(architecture)
+    recorder = None if DEVICE.type == "cuda" else CallingRecorder()
     setup = Setup(
         architecture=architecture,
         drafter=drafter,
         policy=FixedLengthConfig(max=9),  # a window of more queries than a small tile holds
         num_blocks=60,
         max_step_tokens=24,
-        device=DEVICE,
+        device=str(DEVICE),
         dtype=torch.float32,
         attention=TritonAttention(splits, keys=16),
         recorder=recorder,

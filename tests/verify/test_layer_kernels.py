@@ -6,9 +6,8 @@ They run compiled where there is a CUDA device, else step by step where TRITON_I
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engine.config import FixedLengthConfig
 from engine.errors import UnsupportedModel
 from engine.model.attention import Segment
 from engine.model.eight_bits import WeightInt8Linear
@@ -29,21 +27,10 @@ from engine.model.stack import DecoderStack
 from engine.model.triton_attention import TritonAttention
 from engine.model.triton_layer import TritonGating, TritonMath, TritonNorm, TritonRotation, choose_layer_math
 from engine.transfer import to_device
-from tests.reference import NaiveModel, answer
-from tests.tiny import ARCHITECTURES, VOCAB, Setup, drive, make_core, target_model, tiny_config
-from tests.verify.requests import greedy
+from tests.tiny import ARCHITECTURES, VOCAB, drive, make_core, target_model, tiny_config
+from tests.triton_device import DEVICE, NEEDS_TRITON, asked_of, tight
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu")
-
-pytestmark = [
-    pytest.mark.skipif(
-        find_spec("triton") is None or (DEVICE.type == "cpu" and not IS_INTERPRETED),
-        reason="needs Triton, and a CUDA device or TRITON_INTERPRET=1",
-    ),
-    *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning"),  # Triton 3.9 announces what 3.10 does
-]
+pytestmark = NEEDS_TRITON
 
 SEGMENTS = [Segment([3, 5, 7], 0, 9), Segment([2, 9], 4, 1), Segment([1, 4], 2, 3)]
 
@@ -93,23 +80,9 @@ def test_weights_of_eight_bits_run_behind_them() -> None:
 @pytest.mark.parametrize("drafter", ["none", "model"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_text_is_that_of_the_naive_loop(architecture: str, drafter: str) -> None:
-    """A small pool, so that sequences are preempted and blocks used again; prompts in pieces, beside verify windows and single tokens."""
-    requests = greedy(3)
-    longest = max(len(r.prompt_ids) + r.sampling.max_tokens for r in requests)
-    naive = NaiveModel(copy.deepcopy(target_model(torch.float32, VOCAB, architecture)).to(torch.float64))
-    want = {(r.id, 0): answer(r, naive) for r in requests}
-    setup = Setup(
-        architecture=architecture,
-        drafter=drafter,
-        policy=FixedLengthConfig(max=3),
-        block_size=2,
-        num_blocks=-(-longest // 2),
-        max_step_tokens=7,
-        device=str(DEVICE),
-        dtype=torch.float32,
-        attention=TritonAttention(2, keys=16) if architecture == "qwen3" else GATHER,
-        math=math(list[str]().append),
-    )
+    requests, want = asked_of(architecture)
+    attention = TritonAttention(2, keys=16) if architecture == "qwen3" else GATHER
+    setup = replace(tight(architecture, drafter, requests), attention=attention, math=math(list[str]().append))
     outcome = drive(make_core(setup), requests)
     assert outcome.tokens == want
     assert sum(step.num_preemptions for step in outcome.steps) > 0
