@@ -262,7 +262,7 @@ class _Example(msgspec.Struct):
 def _loss(core: EngineCore, question: tuple[int, ...], answer: tuple[int, ...]) -> float:
     """Nats of an answer behind its question, in one pass: the answer stands where drafts would."""
     seq = alone(core, question, len(answer) + 1)
-    logits, _ = core._parts.runner.forward(*window(seq, num_tokens=len(question), drafts=answer))
+    logits, _, _ = core._parts.runner.forward(*window(seq, num_tokens=len(question), drafts=answer))
     return torch.nn.functional.cross_entropy(logits[: len(answer)].float(), torch.tensor(answer), reduction="sum").item()
 
 

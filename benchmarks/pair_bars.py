@@ -13,6 +13,8 @@ from operator import itemgetter
 from statistics import median
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.body import BodyMaker
 from benchmarks.client import PATHS, HttpTarget, base_url_of, open_client
 from benchmarks.load import Answer
@@ -82,8 +84,12 @@ class Watch:
             self.seconds.append((time.perf_counter() - start) / drafts.num_passes)
         return drafts
 
-    def observe(self, plan: StepPlan, verdict: Verdict) -> None:
-        self.own.observe(plan, verdict)
+    @property
+    def reads_states(self) -> bool:
+        return self.own.reads_states
+
+    def observe(self, plan: StepPlan, verdict: Verdict, states: Tensor | None) -> None:
+        self.own.observe(plan, verdict, states)
 
     def forget(self, seq: EngineSequence) -> None:
         self.own.forget(seq)

@@ -47,7 +47,7 @@ def window_milliseconds(core: EngineCore, seq: Sequence, num_draft: int, passes:
     times = []
     for _ in range(passes):
         start = time.perf_counter()
-        logits, _ = core._parts.runner.forward(*window(seq, num_tokens=1, drafts=drafts))
+        logits, _, _ = core._parts.runner.forward(*window(seq, num_tokens=1, drafts=drafts))
         float(logits[0, 0])  # waits for the device
         times.append(1000 * (time.perf_counter() - start))
     return median(times)

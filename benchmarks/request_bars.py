@@ -7,14 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 import engine.sched.scheduler
 from benchmarks.measuring import EXACT, Measured, Setting, built_in, measured, median_of, rates
 from benchmarks.programs import EngineProgram, PromptEncoder, Run, engine_program
 from benchmarks.turns import Sides, compare, in_turns
-from engine.model.runner import ModelRunner
-from engine.plan import DraftBatch, RowBatch, StepPlan
+from engine.model.runner import ModelRunner, Passed
+from engine.plan import DraftBatch, StepPlan
 from engine.request import Request, SamplingParams
 from server.structure import Checker, Structure, grammar_of_structure
 
@@ -74,13 +72,13 @@ class _Scripted:
         core = program.core
         core._parts = replace(core._parts, runner=cls(core._parts.runner, script))  # type: ignore[arg-type]  # it has what a step needs
 
-    def forward(self, plan: StepPlan, drafts: DraftBatch) -> tuple[Tensor, RowBatch]:
-        logits, rows = self.own.forward(plan, drafts)
+    def forward(self, plan: StepPlan, drafts: DraftBatch) -> Passed:
+        logits, rows, states = self.own.forward(plan, drafts)
         logits = logits.clone()  # made in inference mode, and not to be written to here
         for row, (seq, offset) in enumerate(zip(rows.seqs, rows.offsets, strict=True)):
             place = len(seq.tokens) - len(seq.request.prompt_ids) + offset
             logits[row, self.script[min(place, len(self.script) - 1)]] += 1e4
-        return logits, rows
+        return Passed(logits, rows, states)
 
 
 def schema(setting: Setting) -> Measured:

@@ -54,6 +54,7 @@ from engine.model.paged import PagedModel, kv_bytes_per_token, rows_run
 from engine.model.runner import ModelRunner
 from engine.model.source import Progress, default_cache_dir, fetch_config, first_line, locate, resolve, silent
 from engine.model.stack import DecoderStack
+from engine.model.state_adapter import StateAdapter, read_adapter
 from engine.model.timing import pass_seconds
 from engine.model.triton_layer import choose_layer_math
 from engine.plan import Drafter, DraftLengthPolicy, Foresight, LogitsProcessor, Rule
@@ -174,6 +175,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
     extras = extras or Extras()
     stacks = [target.stack, *([drafter.stack] if drafter else [])]
     vocab_size = min(stack.vocab_size for stack in stacks)
+    _require_readable(target, drafter)
     block_size = config.engine.block_size
     footprints = [Footprint.of(own.config, own.dtype, kv_bytes_per_token(own), own.attention.is_recordable) for own in stacks]
     kv_bytes = kv_budget(config.engine, target.stack.device, make_policy(config).max_length, footprints)
@@ -224,6 +226,16 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         kv_bytes=memory.num_blocks * block_size * memory.bytes_per_token,
     )
     return EngineCore(parts, info)
+
+
+def _require_readable(target: Member, drafter: Member | None) -> None:
+    """Refuse a drafter that reads states of another width than the target's. Raises ConfigError."""
+    adapter, width = drafter and drafter.stack.adapter, target.stack.config.hidden_size
+    if adapter and adapter.target_hidden_size != width:
+        raise ConfigError(
+            f"model.drafter: has learnt to read states of width {adapter.target_hidden_size}, and model.target has {width}; "
+            "set model.drafter.target_states to false, and it drafts from the text alone"
+        )
 
 
 def make_policy(config: EngineConfig, costs: Costs | None = None, foresight: Foresight | None = None) -> DraftLengthPolicy:
@@ -279,6 +291,7 @@ def _measured(config: EngineConfig, target: Member, drafter: Member | None, how:
             "dtype": str(stack.dtype),
             "quantization": source.quantization,
             "attention": stack.attention.name,
+            "adapter": str(stack.adapter is not None),
         }
         return pass_seconds(stack, key, how.cache_dir, how.recorder)
 
@@ -344,6 +357,9 @@ def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Pa
         return choose_attention(runtime.attention, shape, block_size, progress, is_recording=is_recording)
 
     stack = DecoderStack(model, kind, draft_ids, attention, block_size, math)
+    if isinstance(source, ModelDrafterConfig) and source.target_states:
+        weights = read_adapter(path, stack.config.hidden_size, dtype, device)
+        stack.adapter = None if weights is None else StateAdapter(weights, kind)
     return Member(stack, context_length(config), path, end_token_ids(path))
 
 

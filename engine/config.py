@@ -67,6 +67,9 @@ class ModelDrafterConfig(ModelSource):
     has_probabilities: ClassVar[bool] = True
     kind: Literal["model"] = "model"
     copying: CopyingConfig | None = Field(None, description="mix its rows with what followed the last tokens before; null: do not")
+    target_states: bool = Field(
+        True, description="read the target's last state, if it has learnt to, for requests without a seed under the rule exact"
+    )
 
 
 DrafterConfig = Annotated[NoDrafterConfig | NGramDrafterConfig | ModelDrafterConfig, Field(discriminator="kind")]

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class _Ran:
     drafts: DraftBatch
     verdict: Verdict
     logprobs: Logprobs
+    states: Tensor | None  # [B, hidden] of the target, those that the last token of each window followed from; None where nobody reads them
 
 
 def windows_of(logits: Tensor, rows: RowBatch) -> tuple[Tensor, RowBatch]:
@@ -62,6 +64,15 @@ def windows_of(logits: Tensor, rows: RowBatch) -> tuple[Tensor, RowBatch]:
     if len(windows) == len(rows.offsets):
         return logits, rows
     return logits.index_select(0, to_device(windows, logits.device, torch.long)), rows.select(windows)
+
+
+@torch.inference_mode()
+def last_states(states: Tensor, rows: RowBatch, drafts: DraftBatch, verdict: Verdict) -> Tensor:
+    """Of states [R, hidden] of a pass, for each window the one that its last token followed from: behind the last draft that stands."""
+    windows, ends = rows.windows(), accumulate(length + 1 for length in drafts.lengths)
+    starts = [end - length - 1 for end, length in zip(ends, drafts.lengths, strict=True)]
+    last = [windows[start + stands] for start, stands in zip(starts, verdict.num_accepted, strict=True)]
+    return states.index_select(0, to_device(last, states.device, torch.long))
 
 
 class EngineCore:
@@ -105,7 +116,7 @@ class EngineCore:
         if ran.plan.chunks:
             parts.scheduler.policy.observe_step(_timing(ran, clock))
         deltas = given_up + parts.scheduler.commit(ran.plan, ran.drafts, ran.verdict, ran.logprobs, parts.is_lost)
-        self._observe(ran.plan, ran.verdict)
+        self._observe(ran)
         clock.ended = self._ended = time.perf_counter()
         return StepOutput(deltas=tuple(deltas), stats=self._stats(ran.plan, ran.drafts, deltas, before, clock))
 
@@ -122,11 +133,12 @@ class EngineCore:
             clock.drafted = time.perf_counter()
             plan = plan.held_back(drafts.lagging)
             clock.num_plain_rows = sum(chunk.num_tokens for chunk in plan.chunks)
-            logits, rows = parts.runner.forward(plan, drafts)
+            logits, rows, states = parts.runner.forward(plan, drafts)
             window_logits, windows = windows_of(logits, rows)
             p = parts.distributions.of(window_logits, windows)
             verdict = parts.verifier.verify(drafts, p, windows)
-            ran = _Ran(plan, drafts, verdict, logprobs_of(logits, rows, verdict))
+            behind = last_states(states, rows, drafts, verdict) if parts.drafter.reads_states else None
+            ran = _Ran(plan, drafts, verdict, logprobs_of(logits, rows, verdict), behind)
         except RuntimeError as error:
             if not (is_out_of_memory(error) and plan.chunks):
                 raise
@@ -145,10 +157,10 @@ class EngineCore:
         self._parts.drafter.forget(seq)
         return self._parts.scheduler.give_up(seq)
 
-    def _observe(self, plan: StepPlan, verdict: Verdict) -> None:
+    def _observe(self, ran: _Ran) -> None:
         parts = self._parts
-        parts.drafter.observe(plan, verdict)
-        for chunk in plan.chunks:
+        parts.drafter.observe(ran.plan, ran.verdict, ran.states)
+        for chunk in ran.plan.chunks:
             if not parts.scheduler.holds(chunk.seq):
                 parts.drafter.forget(chunk.seq)
 

@@ -187,14 +187,21 @@ class Foresight(Protocol):
 class Drafter(Protocol):
     """Proposes tokens. Its state per sequence, if any, is keyed by the Sequence and ends with `forget`."""
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether it drafts from the target's states."""
+
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
         """Draft for every chunk that completes, running at most about `budget` tokens; catch up for the others.
 
         Must advance the first chunk of the plan whenever anything is due there, or the engine could stand still.
         """
 
-    def observe(self, plan: StepPlan, verdict: Verdict) -> None:
-        """What became of the drafts; called after the plan was committed."""
+    def observe(self, plan: StepPlan, verdict: Verdict, states: Tensor | None) -> None:
+        """What became of the drafts; called after the plan was committed.
+
+        `states` [B, hidden], if they are read: for each chunk that completed, the target's last state that its last token followed from.
+        """
 
     def forget(self, seq: Sequence) -> None:
         """The sequence has left the engine."""

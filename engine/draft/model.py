@@ -26,6 +26,15 @@ from engine.sequence import Sequence
 from engine.transfer import to_device
 
 
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """The state one position in front of a row, which an adapter reads beside the drafter's own."""
+
+    position: int  # that the row is for
+    state: Tensor  # [hidden]
+    is_targets: bool  # else it came out of the adapter
+
+
 @dataclass(eq=False, slots=True)
 class _Draft:
     """How far one chunk has come within a proposal."""
@@ -43,6 +52,7 @@ class _Draft:
     num_late: int = 0  # tokens that were caught up with
     predicted_mask: int = 0  # bit i: draft i comes from the request's prediction
     confidences: list[float] = field(default_factory=list)  # of its rows, if the policy reads them
+    before: _Before | None = None
 
     @property
     def seq(self) -> Sequence:
@@ -140,7 +150,12 @@ class Aids:
 
 
 class ModelDrafter:
-    """Drafts with a PagedModel of the target's vocabulary, but for what is foreseen: that costs no pass."""
+    """Drafts with a PagedModel of the target's vocabulary, but for what is foreseen: that costs no pass.
+
+    With an adapter it reads the target's last state of the round before, for requests that need no row q at every position. Such a row says
+    more and depends on where rounds began, which is free where pi = p: the law of the text is the target's whatever q is. Where the text
+    may not depend on rounds, with a seed or under a cascade, rows come from the text alone.
+    """
 
     def __init__(
         self,
@@ -156,10 +171,16 @@ class ModelDrafter:
         aids = aids or Aids()
         self._copying = aids.copying
         self._foresight = aids.foresight
+        self._adapter = model.stack.adapter
+        self._known: dict[Sequence, tuple[int, Tensor]] = {}  # the target's state in front of the last of so many tokens
         self._policy = policy
         self._reading_q = frozenset(name for name, rule in rules.items() if rule.needs_q)
         self._distributions = distributions
         self._context_length = context_length
+
+    @property
+    def reads_states(self) -> bool:
+        return self._adapter is not None
 
     @torch.inference_mode()
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
@@ -170,7 +191,7 @@ class ModelDrafter:
             if draft.chunk.completes and draft.seq.request.speculation.enabled:
                 self._foresee(draft)
         is_expected = self._policy.expects_drafts(len(drafts))
-        logits, ready, left = self._catch_up([d for d in drafts if is_expected or not self._may_wait(d)], budget)
+        states, ready, left = self._catch_up([d for d in drafts if is_expected or not self._may_wait(d)], budget)
         for draft in drafts:
             self._settle_for_less(draft)
         emitting = [d for d in drafts if d.chunk.completes and not d.is_lagging]
@@ -178,15 +199,22 @@ class ModelDrafter:
             draft.row = row
         table = self._new_table(emitting, ready)
         if ready:
-            self._store(table, ready, logits)
+            for draft in ready:
+                draft.before = self._first(draft.seq)
+            self._store(table, ready, states)
         while left > 0 and (drafting := [d for d in ready if d.wants_draft()]):
             left -= self._extend(table, drafting[:left])
         return self._batch(drafts, table)
 
-    def observe(self, plan: StepPlan, verdict: Verdict) -> None:
-        """The scheduler moves the watermark back; nothing else is learnt."""
+    def observe(self, plan: StepPlan, verdict: Verdict, states: Tensor | None) -> None:
+        """Keep the target's states for the next round. The scheduler moves the watermark back."""
+        if states is not None:
+            for chunk, state in zip(plan.completing, states, strict=True):
+                if not chunk.seq.needs_q:
+                    self._known[chunk.seq] = len(chunk.seq.tokens), state.to(self._model.stack.dtype)
 
     def forget(self, seq: Sequence) -> None:
+        self._known.pop(seq, None)
         self._foresight.forget(seq)
         if self._copying is not None:
             self._copying.forget(seq)
@@ -231,7 +259,7 @@ class ModelDrafter:
         return max(0, min(end, self._context_length) - draft.computed)
 
     def _catch_up(self, drafts: list[_Draft], budget: int) -> tuple[Tensor, list[_Draft], int]:
-        """Run committed tokens and foreseen ones, oldest sequence first. Returns logits, whose they are, and the budget that is left."""
+        """Run committed tokens and foreseen ones, oldest sequence first. Returns states, whose they are, and the budget that is left."""
         segments, ids, rows, ready = [], [], [], []
         for draft in drafts:
             num = min(self._num_behind(draft), budget)
@@ -247,8 +275,7 @@ class ModelDrafter:
             if draft.chunk.completes and draft.computed == draft.position:
                 rows.append(len(ids) - 1)
                 ready.append(draft)
-        logits = self._model.forward(segments, to_device(ids, self._model.stack.device, torch.long), rows)
-        return logits, ready, budget
+        return self._model.states(segments, to_device(ids, self._model.stack.device, torch.long), rows), ready, budget
 
     # ------------------------------------------------------------------ drafting
     def _new_table(self, emitting: list[_Draft], ready: list[_Draft]) -> _Table:
@@ -270,9 +297,31 @@ class ModelDrafter:
             table.write(draft, 0)
         return table
 
-    def _store(self, table: _Table, drafts: list[_Draft], logits: Tensor) -> None:
-        """Turn logits [N, V] into the next row q of each of N drafts."""
-        total = None
+    def _first(self, seq: Sequence) -> _Before | None:
+        """What there is to be read for a round's first row. A sequence that was seeded, or was taken up again elsewhere, has nothing."""
+        num_tokens, state = self._known.get(seq, (0, None))
+        return _Before(num_tokens, state, is_targets=True) if state is not None and num_tokens == len(seq.tokens) else None
+
+    def _adapted(self, drafts: list[_Draft], states: Tensor) -> Tensor:
+        """The drafter's states [N, hidden] with what those in front of them tell, where there are such."""
+        if self._adapter is None:
+            return states
+        befores = [d.before if d.before is not None and d.before.position == d.position else None for d in drafts]
+        for is_targets in (True, False):
+            known = {i: before.state for i, before in enumerate(befores) if before is not None and before.is_targets is is_targets}
+            if len(known) == len(drafts):
+                states = self._adapter(states, torch.stack(list(known.values())), is_targets)
+            elif known:
+                which = to_device(list(known), states.device, torch.long)
+                adapted = self._adapter(states.index_select(0, which), torch.stack(list(known.values())), is_targets)
+                states = states.index_copy(0, which, adapted)
+        for draft, before, state in zip(drafts, befores, states, strict=True):
+            draft.before = None if before is None else _Before(draft.position + 1, state, is_targets=False)
+        return states
+
+    def _store(self, table: _Table, drafts: list[_Draft], states: Tensor) -> None:
+        """Turn last states [N, hidden] into the next row q of each of N drafts."""
+        logits, total = self._model.logits(self._adapted(drafts, states)), None
         if self._copying is not None:
             logits, total = self._copying.mixed(logits, [d.seq for d in drafts], [d.ids for d in drafts])
         batch = RowBatch(
@@ -316,11 +365,11 @@ class ModelDrafter:
         segments = [Segment(d.seq.block_table, d.computed, d.position - d.computed) for d in drafts]
         places = table.places([(d.row, i) for d in drafts for i in range(d.computed - len(d.seq.tokens), d.num_drafted)])
         ends = accumulate(segment.num_tokens for segment in segments)
-        logits = self._model.forward(segments, table.ids.view(-1).index_select(0, places), [end - 1 for end in ends])
+        states = self._model.states(segments, table.ids.view(-1).index_select(0, places), [end - 1 for end in ends])
         for draft in drafts:
             draft.computed = draft.position
             draft.num_calls += 1
-        self._store(table, drafts, logits)
+        self._store(table, drafts, states)
 
     def _drafting(self, draft: _Draft) -> Drafting:
         room = draft.chunk.max_draft - draft.num_drafted if draft.computed < self._context_length else 0

@@ -7,11 +7,15 @@ is proposed changes the speed and never the text.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.draft.foresight import NoForesight
 from engine.draft.lookup import SuffixIndex
 from engine.plan import Chunk, DraftBatch, Foreseen, Foresight, QKind, StepPlan, Verdict
 from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -40,10 +44,12 @@ class Window:
 class NoDrafter:
     """Proposes nothing: every step emits one token a sequence."""
 
+    reads_states = False
+
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
         return batch_of(plan, [Window() for _ in plan.completing])
 
-    def observe(self, plan: StepPlan, verdict: Verdict) -> None:
+    def observe(self, plan: StepPlan, verdict: Verdict, states: Tensor | None) -> None:
         """Nothing is learnt."""
 
     def forget(self, seq: Sequence) -> None:

@@ -28,8 +28,7 @@ from engine.model.stack import DecoderStack
 _log = logging.getLogger(__name__)
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # beyond, a GPU takes longer for the products than its host for the launches
-_LEAST = 16  # rows for which there is a graph in any case; so many rows of logits cost what one costs
-_WANTED = 1 / 4  # of the rows: beyond _LEAST, of passes that want fewer the head would be computed in vain
+_LEAST = 16  # rows for which there is a graph in any case
 _TOLERANCE = 2e-2  # of the largest logit: a library may take another kernel when it is recorded, and no more than that
 _SAID = 4  # times that a bar is shown
 _PLACES = 1 / 2  # of the bound, at most, for what passes leave
@@ -90,7 +89,7 @@ class _Places:
     """Where all recordings of a model read and write. One runs at a time."""
 
     ids: Tensor  # [N]; behind those of a pass lie older ones, whose rows nobody reads
-    logits: Tensor  # [N, V]
+    states: Tensor  # [N, hidden], normed
 
 
 class Graphs:
@@ -108,20 +107,18 @@ class Graphs:
         """Rows that a pass over so many single tokens, or windows, runs; None where it is not recorded."""
         return min((own.bucket.num_rows for own in self._recorded if own.bucket.num_rows >= num), default=None)
 
-    def run(self, segments: ListLike[Segment], input_ids: Tensor, num_wanted: int) -> Tensor | None:
-        """Logits [N, V] of all of input_ids [N], or None where no recording fits. They are good until the next pass of this model."""
-        fitting = self._fitting(segments, len(input_ids), num_wanted)
+    def run(self, segments: ListLike[Segment], input_ids: Tensor) -> Tensor | None:
+        """Normed states [N, hidden] of all of input_ids [N], or None where no recording fits. Good until this model's next pass."""
+        fitting = self._fitting(segments, len(input_ids))
         if fitting is None or self._places is None:
             return None
         fitting.told.tell(segments)
         self._places.ids[: len(input_ids)].copy_(input_ids)
         fitting.repeat()
-        return self._places.logits[: len(input_ids)]
+        return self._places.states[: len(input_ids)]
 
-    def _fitting(self, segments: ListLike[Segment], num_rows: int, num_wanted: int) -> _Recorded | None:
+    def _fitting(self, segments: ListLike[Segment], num_rows: int) -> _Recorded | None:
         """The one of the shortest windows, and of these the one of fewest rows."""
-        if num_rows > _LEAST and num_wanted < _WANTED * num_rows:
-            return None
         if max(segment.end for segment in segments) > self._num_positions:
             return None
         window = max(segment.num_tokens for segment in segments)
@@ -154,7 +151,7 @@ def _next(num: int) -> int:
 
 
 @torch.inference_mode()
-def record(stack: DecoderStack, attention: Attention, passes: Passes, vocab_size: int, recorder: Recorder, bound: Bound) -> Graphs:
+def record(stack: DecoderStack, attention: Attention, passes: Passes, recorder: Recorder, bound: Bound) -> Graphs:
     """Record what fits into the bound. What does not, and what cannot be recorded, is said and runs as ever."""
     began, free = time.perf_counter(), recorder.free_bytes()
     fixed = attention.fixed(Room(_next(passes.num_rows), passes.num_positions))
@@ -162,16 +159,17 @@ def record(stack: DecoderStack, attention: Attention, passes: Passes, vocab_size
         bound.say(f"No CUDA graphs of the {bound.name}: attention by {stack.attention.name} cannot be recorded, by triton it can")
         return Graphs()
     asked = buckets(passes, fixed.windows)
-    fitting = [bucket for bucket in asked if bucket.num_rows * vocab_size * stack.dtype.itemsize < bound.num_bytes * _PLACES]
+    row = stack.config.hidden_size * stack.dtype.itemsize
+    fitting = [bucket for bucket in asked if bucket.num_rows * row < bound.num_bytes * _PLACES]
     try:
-        recording = _Recording(stack, fixed, _places(stack, fitting, vocab_size), recorder, bound, free)
+        recording = _Recording(stack, fixed, _places(stack, fitting), recorder, bound, free)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         fitting = []
     if not fitting:
         bound.say(
-            f"No CUDA graphs of the {bound.name}: of {max(0, bound.num_bytes) >> 20} MiB for them its logits alone would take too much"
+            f"No CUDA graphs of the {bound.name}: of {max(0, bound.num_bytes) >> 20} MiB for them its states alone would take too much"
         )
         return Graphs()
     recorder.begin()
@@ -184,11 +182,11 @@ def record(stack: DecoderStack, attention: Attention, passes: Passes, vocab_size
     return Graphs(recording.recorded, recording.places, passes.num_positions) if found else Graphs()
 
 
-def _places(stack: DecoderStack, fitting: ListLike[Bucket], vocab_size: int) -> _Places:
+def _places(stack: DecoderStack, fitting: ListLike[Bucket]) -> _Places:
     """Room for the largest of these."""
     most = max((bucket.num_rows for bucket in fitting), default=0)
-    ids = torch.arange(most, device=stack.device) * 7919 % vocab_size
-    return _Places(ids, torch.empty(most, vocab_size, dtype=stack.dtype, device=stack.device))
+    ids = torch.arange(most, device=stack.device) * 7919 % stack.vocab_size
+    return _Places(ids, torch.empty(most, stack.config.hidden_size, dtype=stack.dtype, device=stack.device))
 
 
 class _Recording:
@@ -231,20 +229,20 @@ class _Recording:
 
     def _add(self, bucket: Bucket, num_positions: int) -> None:
         """Raises RuntimeError where it cannot be recorded, or gives other logits than the same kernels launched one by one."""
-        told, own = self._fixed.make(bucket.num_rows, bucket.window), self.places.logits[: bucket.num_rows]
+        told, own = self._fixed.make(bucket.num_rows, bucket.window), self.places.states[: bucket.num_rows]
         ids, context, stack = self.places.ids[: bucket.num_rows], told.context, self._stack
 
         def run() -> None:
-            own.copy_(stack.logits(stack.hidden(ids, context))[:, : own.shape[1]])
+            own.copy_(stack.hidden(ids, context))
 
         told.tell([self._some(bucket, num_positions)])
         repeat = self._recorder.record(run)
         run()
-        launched = own.clone()
+        launched = stack.logits(own)
         own.zero_()
         repeat()
         largest = launched.amax(-1).abs().max()  # not of those that are never drafted, which are far below
-        difference = float((own - launched).abs().max() / largest)
+        difference = float((stack.logits(own) - launched).abs().max() / largest)
         if not difference <= _TOLERANCE:
             raise RuntimeError(f"its logits are off by {difference:.1e} of the largest")
         self.recorded.append(_Recorded(bucket, told, repeat))

@@ -107,6 +107,16 @@ def joined(linears: ListLike[nn.Linear]) -> nn.Linear:
     return joint
 
 
+def joined_inputs(linear: nn.Linear, other: nn.Linear) -> nn.Linear:
+    """One layer that reads the inputs of both, one behind the other, and gives the sum of their outputs. The bias is that of the first."""
+    with torch.device("meta"):
+        joint = nn.Linear(linear.in_features + other.in_features, linear.out_features, bias=linear.bias is not None)
+    joint.weight = nn.Parameter(torch.cat((linear.weight, other.weight), -1).detach(), requires_grad=False)
+    if joint.bias is not None:
+        joint.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return joint
+
+
 def some_outputs(linear: nn.Linear, outputs: Tensor) -> nn.Linear:
     """A layer of the `outputs` [N] of another one, in their order."""
     with torch.device("meta"):

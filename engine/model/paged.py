@@ -34,24 +34,35 @@ class PagedModel:
 
     def record(self, recorder: Recorder, passes: Passes, bound: Bound) -> None:
         """Record the passes that are like these, in front of the first one: from here on they are repeated and not launched."""
-        self._graphs = record(self.stack, self._attention, passes, self.vocab_size, recorder, bound)
+        self._graphs = record(self.stack, self._attention, passes, recorder, bound)
+
+    def forward(self, segments: ListLike[Segment], input_ids: Tensor, rows: ListLike[int]) -> Tensor:
+        """Logits [R, V] of what `states` gives."""
+        return self.logits(self.states(segments, input_ids, rows))
 
     @torch.inference_mode()
-    def forward(self, segments: ListLike[Segment], input_ids: Tensor, rows: ListLike[int]) -> Tensor:
-        """Logits [R, V] of the tokens at `rows` (ascending indices in the packed row) of input_ids [N], which fill `segments` in order.
+    def states(self, segments: ListLike[Segment], input_ids: Tensor, rows: ListLike[int]) -> Tensor:
+        """Last states [R, hidden], normed, of the tokens at `rows` (ascending indices in the packed row) of input_ids [N], which fill
+        `segments` in order.
 
-        Writes the KV of all N tokens. Reads, for each segment, the KV of all positions before its end. The logits are good until the
+        Writes the KV of all N tokens. Reads, for each segment, the KV of all positions before its end. The states are good until the
         next pass: a recorded one writes to the same place.
         """
         if not segments:
-            return torch.empty(0, self.vocab_size, dtype=self.stack.dtype, device=self.stack.device)
-        if (logits := self._graphs.run(segments, input_ids, len(rows))) is not None:
-            return _taken(logits, rows)
+            return torch.empty(0, self.stack.config.hidden_size, dtype=self.stack.dtype, device=self.stack.device)
+        if (states := self._graphs.run(segments, input_ids)) is not None:
+            return _taken(states, rows)
         num_rows = rows_run(len(input_ids))
         if num_rows > len(input_ids):
             input_ids = torch.nn.functional.pad(input_ids, (0, num_rows - len(input_ids)))
-        hidden = self.stack.hidden(input_ids, self._attention.context(segments, num_rows))
-        return self.stack.logits(_taken(hidden, rows))[:, : self.vocab_size]
+        return _taken(self.stack.hidden(input_ids, self._attention.context(segments, num_rows)), rows)
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [R, V] of normed states [R, hidden]."""
+        if not len(states):
+            return torch.empty(0, self.vocab_size, dtype=self.stack.dtype, device=self.stack.device)
+        return self.stack.logits(states)[:, : self.vocab_size]
 
     def rows_run(self, num: int) -> int:
         """Rows that a pass over `num` tokens runs. What a pass costs goes by these."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,14 +44,22 @@ class _Packing:
         self.owners += [(chunk, behind + i, draft_row) for i in range(first, num_tokens)]
 
 
+class Passed(NamedTuple):
+    """What a pass of the target gave, for R wanted rows. The states are good until the next pass."""
+
+    logits: Tensor  # [R, V]
+    rows: RowBatch
+    states: Tensor  # [R, hidden], the last ones, normed: what the head read
+
+
 class ModelRunner:
     """Runs the target: prompt chunks and verify windows together."""
 
     def __init__(self, target: PagedModel):
         self._target = target
 
-    def forward(self, plan: StepPlan, drafts: DraftBatch) -> tuple[Tensor, RowBatch]:
-        """Logits [R, V] of the wanted rows, and which position each is of.
+    def forward(self, plan: StepPlan, drafts: DraftBatch) -> Passed:
+        """Logits [R, V] of the wanted rows, which position each is of, and the states behind them.
 
         For a chunk that completes these are the rows of its verify window: behind the last pending token, and behind each draft
         (K drafts give K + 1 rows). A chunk that wants all rows has those of its other tokens in front, with offsets below 0.
@@ -66,10 +75,11 @@ class ModelRunner:
         if packing.draft_slots:
             slots, rows, columns = to_device([packing.draft_slots, *zip(*packing.draft_from, strict=True)], device)
             input_ids[slots] = draft_ids[rows, columns]
-        logits = self._target.forward(packing.segments, input_ids, packing.wanted)
-        return logits, RowBatch(
+        states = self._target.states(packing.segments, input_ids, packing.wanted)
+        rows = RowBatch(
             seqs=tuple(chunk.seq for chunk, _, _ in packing.owners),
             offsets=tuple(offset for _, offset, _ in packing.owners),
             draft_index=tuple(row for _, _, row in packing.owners),
             draft_ids=draft_ids,
         )
+        return Passed(self._target.logits(states), rows, states)

@@ -27,6 +27,7 @@ from engine.model.linear import AS_THEY_ARE, Inputs, LinearKind, joined, some_ou
 from engine.model.plain_layer import OwnLayer, PlainLayer, Stream, why_not_plain
 from engine.model.probe import PROBE, PretendedPast, Watch
 from engine.model.rotary import RotaryTables
+from engine.model.state_adapter import StateAdapter
 
 # largest difference of logits, relative to the largest logit, that is rounding and not a mistake
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -66,6 +67,7 @@ class DecoderStack:
         self.device: torch.device = model.device
         self.vocab_size = int(model.lm_head.out_features)  # rows of the full head; may be padded beyond the tokenizer's vocabulary
         self._draft_ids = None if draft_ids is None else draft_ids.to(self.device)
+        self.adapter: StateAdapter | None = None  # of a drafter that reads its target's states
         self._math = math
         watch, expected = self._own_forward()
         self.windows, self.kv_shape = watch.windows, watch.kv_shape
@@ -81,7 +83,8 @@ class DecoderStack:
 
     @property
     def num_weight_bytes(self) -> int:
-        weights = [*self._model.parameters(), *self._model.buffers()]
+        modules = [self._model, *([self.adapter] if self.adapter else [])]
+        weights = [weight for module in modules for weight in (*module.parameters(), *module.buffers())]
         return sum(w.nbytes for w in {id(w): w for w in weights}.values())
 
     def hidden(self, input_ids: Tensor, paged: PagedContext) -> Tensor:

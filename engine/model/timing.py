@@ -45,7 +45,7 @@ def pass_seconds(stack: DecoderStack, key: Mapping[str, str], cache_dir: Path, r
     whose = {
         **key,
         "statistic": "least",
-        "kernels": "3",
+        "kernels": "4",
         "device": device,
         "threads": str(torch.get_num_threads()),
         "block_size": str(stack.block_size),
@@ -90,8 +90,10 @@ def measure(stack: DecoderStack, sizes: ListLike[int] = MEASURED_ROWS, recorder:
 def _seconds(model: PagedModel, table: list[int], start: int, rows: int) -> float:
     ids = torch.zeros(rows, dtype=torch.long, device=model.stack.device)
     began = time.perf_counter()
-    logits = model.forward([Segment(table, start, rows)], ids, range(rows))
-    float(logits[-1, 0])  # waits for the device
+    states = model.states([Segment(table, start, rows)], ids, range(rows))
+    if (adapter := model.stack.adapter) is not None:
+        states = adapter(states, states, is_targets=False)
+    float(model.logits(states)[-1, 0])  # waits for the device
     return time.perf_counter() - began
 
 

@@ -8,6 +8,7 @@ from pydantic import ByteSize, Field, model_validator
 
 from engine.config import ModelSource, Section
 
+Learns = Literal["all", "adapter"]
 Name = Annotated[str, Field(min_length=1, pattern=r"^[^:\s]+$")]
 
 
@@ -17,8 +18,17 @@ class InitConfig(Section):
     embedding: Literal["random", "target"] = Field(
         "target", description="target: the target's own where it is as wide, else its directions of largest variance; or random"
     )
-    drafter: str | None = Field(None, min_length=1, description="folder of a drafter of this shape, to train further; the rest is ignored")
+    drafter: str | None = Field(
+        None, min_length=1, description="folder of a drafter of this shape, to train further; its vocabulary stays, the rest is ignored"
+    )
     from_target_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="one layer of the target for each of the drafter's")
+
+
+class StateAdapterShape(Section):
+    """What the drafter learns to read of its target's last states."""
+
+    width: int = Field(ge=1, description="of its hidden layer")
+    drafts: int = Field(3, ge=1, le=16, description="so many in a row are learnt, each reading the one before; later ones count less")
 
 
 class DrafterShape(Section):
@@ -37,6 +47,7 @@ class DrafterShape(Section):
     )
     draft_vocabulary: int | None = Field(None, ge=2, description="drafts only so many tokens, the most frequent of the data; null: all")
     init: InitConfig = InitConfig()
+    state_adapter: StateAdapterShape | None = Field(None, description="null: it drafts from the text alone")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float16", description="of the exported weights; training keeps float32")
     options: dict[str, Any] = Field({}, description="further entries of the transformers config, such as rope_theta of a kind")
 
@@ -124,6 +135,7 @@ class TrainingConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of a mean over tokens")
     loss: Literal["kl", "tv"] = "kl"
+    learns: Learns = Field("all", description="adapter: drafter.state_adapter alone; the model stays as it begins")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the products of both models; what is trained, and losses, stay float32"
     )
@@ -155,3 +167,9 @@ class DistilConfig(Section):
     licence: str = Field("Apache-2.0", min_length=1, description="for the card")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null leaves it to torch")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistilConfig:
+        if self.training.learns == "adapter" and (self.drafter.state_adapter is None or self.drafter.init.drafter is None):
+            raise ValueError("training.learns is adapter, which needs drafter.state_adapter and drafter.init.drafter")
+        return self

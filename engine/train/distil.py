@@ -21,7 +21,7 @@ from engine.train.batches import Batch, collate, in_passes, passes
 from engine.train.checkpoint import RunFolder
 from engine.train.config import TrainingConfig
 from engine.train.losses import CACHED_ROWS, Judgement, TargetRows, joined, judge
-from engine.train.models import Student, Teacher, parameter_groups
+from engine.train.models import Reading, Student, Taught, Teacher, parameter_groups
 from engine.train.shards import Example
 
 
@@ -79,7 +79,7 @@ class Distillation:
         self._config, self._student, self._examples, self._device = config, student, examples, device
         self._teacher, self._examiner = teachers
         self._lengths = [len(example) for example in examples.training]
-        groups = parameter_groups(student.model, config.weight_decay)
+        groups = parameter_groups(student, config.weight_decay)
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
         self.position = Position()
@@ -154,33 +154,39 @@ class Distillation:
 
     def _accumulate(self, batch: Batch) -> float:
         """Add the gradient of a batch's summed loss to the parameters'. Returns that sum."""
+        taught = self._teacher.of(batch)
         with self._mixed():
-            states, head = self._student.states(batch), self._student.head()
-        hidden, weight = states.detach(), head.detach()
-        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight) if head.requires_grad else None
+            readings, head = self._student.readings(batch, taught.states, is_learning=True), self._student.head()
+        weight = head.detach()
+        to_states = [torch.empty_like(reading.states) for reading in readings]
+        to_weight = torch.zeros_like(weight) if head.requires_grad else None
         total = 0.0
-        for rows, judged in self._judged(batch, hidden, weight, self._teacher, needs_gradient=True):
+        for place, rows, judged in self._judged(readings, weight, taught, needs_gradient=True):
+            reading = readings[place]
             assert judged.gradient is not None
-            gradient = judged.gradient.to(self._product_dtype(hidden))
-            to_hidden[rows] = (gradient @ weight.to(gradient.dtype)).to(hidden.dtype)
+            shares = reading.counted[rows].to(judged.loss.dtype) * reading.weight
+            gradient = judged.gradient.mul_(shares.unsqueeze(-1)).to(self._product_dtype(weight))
+            to_states[place][rows] = (gradient @ weight.to(gradient.dtype)).to(reading.states.dtype)
             if to_weight is not None:
-                to_weight += gradient.T @ hidden[rows].to(gradient.dtype)
-            total += float(judged.loss.sum(dtype=torch.float64))
-        if to_weight is None:
-            torch.autograd.backward([states], [to_hidden])
-        else:
-            torch.autograd.backward([states, head], [to_hidden, to_weight])
+                to_weight += gradient.T @ reading.states.detach()[rows].to(gradient.dtype)
+            total += float((judged.loss * shares).sum(dtype=torch.float64))
+        ends, gradients = [reading.states for reading in readings], to_states
+        if to_weight is not None:
+            ends, gradients = [*ends, head], [*gradients, to_weight]
+        torch.autograd.backward(ends, gradients)
         return total
 
     def _judged(
-        self, batch: Batch, hidden: Tensor, weight: Tensor, teacher: Teacher, needs_gradient: bool
-    ) -> Iterator[tuple[slice, Judgement]]:
-        """The rows of a batch, some at a time: hidden [R, h] of the drafter against its head's weight [N, h]."""
-        target, dtype = teacher.rows_of(batch), self._product_dtype(hidden)
+        self, readings: Sequence[Reading], weight: Tensor, taught: Taught, needs_gradient: bool
+    ) -> Iterator[tuple[int, slice, Judgement]]:
+        """The rows of a batch, some at a time, by each reading, whose place comes first: against the head's weight [N, hidden]."""
+        dtype = self._product_dtype(weight)
         weight = weight.to(dtype)
-        for begin in range(0, len(hidden), self._config.logit_rows):
+        for begin in range(0, len(taught.states), self._config.logit_rows):
             rows = slice(begin, begin + self._config.logit_rows)
-            yield rows, self._judge(hidden[rows].to(dtype) @ weight.T, target(rows), needs_gradient)
+            target = taught.rows(rows)
+            for place, reading in enumerate(readings):
+                yield place, rows, self._judge(reading.states.detach()[rows].to(dtype) @ weight.T, target, needs_gradient)
 
     def _judge(self, drafter: Tensor, target: TargetRows, needs_gradient: bool) -> Judgement:
         num_rows = CACHED_ROWS if self._device.type == "cpu" else len(drafter)
@@ -205,30 +211,38 @@ class Distillation:
 
     @torch.no_grad()
     def scores(self) -> dict[str, Score]:
-        """How good the drafter is on the validation examples, by source and over "all". Empty where there are none."""
+        """How good the drafter is on the validation examples, by source and over "all" from the text alone; "draft 1" and so on are
+        those behind the target's state, over all sources. Empty where there are no examples."""
         self._student.model.eval()
         sums: dict[str, Tensor] = {}
         examples = self._examples.validation
         for chosen in in_passes(range(len(examples)), [len(example) for example in examples], self._config.pass_tokens):
             batch = collate(examples, chosen).to(self._device)
+            taught = self._examiner.of(batch)
             with self._mixed():
-                hidden, head = self._student.states(batch), self._student.head()
-            judged = [j for _, j in self._judged(batch, hidden, head, self._examiner, needs_gradient=False)]
-            columns = [torch.cat([getattr(j, name) for j in judged]).double() for name in ("loss", "acceptance", "agreement")]
-            table = torch.stack([torch.ones_like(columns[0]), *columns], dim=-1).cpu()  # [R, 4]
-            for index, rows in zip(batch.examples, torch.split(table, list(batch.counts)), strict=True):
-                for name in (examples[index].source, "all"):
-                    sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + rows.sum(0)
+                readings, head = self._student.readings(batch, taught.states, is_learning=False), self._student.head()
+            by_reading = list(self._judged(readings, head, taught, needs_gradient=False))
+            for place, reading in enumerate(readings):
+                table = _columns([judged for own, _, judged in by_reading if own == place], reading.counted)
+                for index, rows in zip(batch.examples, torch.split(table, list(batch.counts)), strict=True):
+                    for name in (examples[index].source, "all") if place == 0 else (f"draft {place}",):
+                        sums[name] = sums.get(name, torch.zeros(4, dtype=torch.float64)) + rows.sum(0)
         return {name: Score(int(s[0]), *(s[1:] / s[0]).tolist()) for name, s in sorted(sums.items())}
 
     # ------------------------------------------------------------------ checkpoints
     def _state(self) -> dict[str, Any]:
         return {
             "position": asdict(self.position),
-            "student": self._student.trained(),
+            "student": self._student.weights(),
             "optimizer": self._optimizer.state_dict(),
             "rng": torch.get_rng_state(),  # nothing draws from it today; a model with dropout would
         }
+
+
+def _columns(judged: Sequence[Judgement], counted: Tensor) -> Tensor:
+    """[R, 4] on the host: one, loss, acceptance, agreement; zeros for what is not counted."""
+    columns = [torch.cat([getattr(some, name) for some in judged]).double() for name in ("loss", "acceptance", "agreement")]
+    return (torch.stack([torch.ones_like(columns[0]), *columns], dim=-1) * counted.unsqueeze(-1)).cpu()
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:

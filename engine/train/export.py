@@ -23,6 +23,7 @@ from engine.model.loader import load, quiet_transformers, read_config, resolve_d
 from engine.model.onednn import why_not_int8
 from engine.model.parts import write_weights
 from engine.model.stack import DecoderStack
+from engine.model.state_adapter import StateAdapter, read_adapter, write_adapter
 from engine.model.timing import measure
 from engine.train.config import DistilConfig
 from engine.train.distil import Position
@@ -83,15 +84,18 @@ def export(student: Student, history: History, target_folder: Path) -> Path:
 
 def _fill(folder: Path, student: Student, config: DistilConfig, target_folder: Path) -> None:
     model, dtype = student.model, getattr(torch, config.drafter.dtype)
-    state = {name: weight.detach().to("cpu", dtype) for name, weight in student.trained().items()}
+    state = {name: weight.detach().to("cpu", dtype) for name, weight in student.own().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)  # the same as the embedding
-    for name, weight in state.items():
+    adapter = student.adapter.weights.state_dict() if student.adapter else {}
+    for name, weight in (state | {f"the adapter's {name}": weight.to(dtype) for name, weight in adapter.items()}).items():
         if not bool(weight.isfinite().all()):
             raise ConfigError(f"drafter.dtype: {config.drafter.dtype!r} - cannot hold {name}; take float32")
     write_weights(folder, state, int(config.max_file_size))
     if student.draft_ids is not None:
         write_draft_ids(folder, student.draft_ids)
+    if student.adapter is not None:
+        write_adapter(folder, student.adapter.weights, dtype)
     own = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": config.drafter.dtype}
     own.pop("_name_or_path", None)
     if config.drafter.embedding == "target":
@@ -121,7 +125,10 @@ def passes(folder: Path, target_folder: Path, config: DistilConfig) -> Passes:
     def milliseconds(path: Path, quantization: Quantization) -> float:
         of = read_config(path)
         dtype = torch.float32 if device.type == "cpu" else resolve_dtype("auto", device, of)
-        stack = DecoderStack(load(path, dtype, device), choose(quantization, dtype, device), read_draft_ids(path, of.vocab_size))
+        kind = choose(quantization, dtype, device)
+        stack = DecoderStack(load(path, dtype, device), kind, read_draft_ids(path, of.vocab_size))
+        adapter = read_adapter(path, of.hidden_size, dtype, device)
+        stack.adapter = None if adapter is None else StateAdapter(adapter, kind)
         return 1000 * measure(stack)[1]
 
     kinds: tuple[Quantization, ...] = ("none", "int8") if device.type == "cpu" and not why_not_int8() else ("none",)
@@ -134,16 +141,24 @@ def card(student: Student, history: History, passes: Passes) -> str:
     config, position = history.config, history.position
     shape, data, training = config.drafter, config.data, config.training
     tied = "lm_head.weight" if student.model.config.tie_word_embeddings else None  # the embedding once more
-    num_parameters = sum(weight.numel() for name, weight in student.trained().items() if name != tied)
-    final = history.validations[-1]["sources"] if history.validations else {}
+    num_parameters = sum(weight.numel() for name, weight in student.own().items() if name != tied)
+    scores = history.validations[-1]["sources"] if history.validations else {}
+    behind = {name: score for name, score in scores.items() if name.startswith("draft ")}
+    final = {name: score for name, score in scores.items() if name not in behind}
     vocabulary = f"the {shape.draft_vocabulary:,} most frequent of" if shape.draft_vocabulary else "all"
     also = "; embedding and head are the target's, which must be there" if shape.embedding == "target" else ""
     drafted = f"{vocabulary} {student.model.config.vocab_size:,} tokens"
     begun = [("begun with", f"the weights of `{_public(shape.init.drafter)}` as they were before")] if shape.init.drafter else []
+    adapter = []
+    if student.adapter is not None:
+        number = sum(weight.numel() for weight in student.adapter.weights.parameters())
+        alone = "; the only part that was trained here" if training.learns == "adapter" else ""
+        adapter = [("state adapter", f"{number:,} more, to read the target's last state{alone}")]
     facts = [
         ("target", f"`{_public(config.target.source)}`"),
         ("shape", f"{shape.model_type}, {shape.num_layers} layers of width {shape.hidden_size}, {shape.num_heads} heads; drafts {drafted}"),
         ("parameters", f"{num_parameters:,}, stored as {shape.dtype}{also}"),
+        *adapter,
         *begun,
         ("data", f"{history.num_data_tokens:,} tokens of {history.num_examples:,} answers, written by the target, seed {data.seed}"),
         (
@@ -182,6 +197,7 @@ def card(student: Student, history: History, passes: Passes) -> str:
             for name, s in sorted(final.items(), key=lambda item: (item[0] == "all", item[0]))
         ),
         "",
+        *_behind_target(behind),
         "## How it got there",
         "",
         "| tokens learnt from | temperature 1 | temperature 0 | loss |",
@@ -219,6 +235,26 @@ def card(student: Student, history: History, passes: Passes) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _behind_target(scores: dict[str, Any]) -> list[str]:
+    """How the drafts of a row stand that begin with the target's state."""
+    if not scores:
+        return []
+    return [
+        "### With the target's state",
+        "",
+        "Where it may read the target's last state (requests without a seed under the rule exact), over all prompts: the first draft of a",
+        "row reads the target's, the next ones its own.",
+        "",
+        "| draft | tokens | temperature 1 | temperature 0 | loss |",
+        "| --- | --- | --- | --- | --- |",
+        *(
+            f"| {name.removeprefix('draft ')} | {s['num_tokens']:,} | {s['acceptance']:.3f} | {s['agreement']:.3f} | {s['loss']:.3f} |"
+            for name, s in sorted(scores.items())
+        ),
+        "",
+    ]
 
 
 def _some(validations: list[dict[str, Any]], number: int = 6) -> list[dict[str, Any]]:

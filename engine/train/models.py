@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,9 @@ from engine.errors import ConfigError, EngineError
 from engine.model.linear import UNKNOWN, LinearKind
 from engine.model.loader import load, quiet_transformers, require_supported
 from engine.model.source import first_line
+from engine.model.state_adapter import AdapterWeights, read_adapter
 from engine.train.batches import Batch
-from engine.train.config import DrafterShape
+from engine.train.config import DrafterShape, Learns
 from engine.train.losses import TargetRows, target_rows
 from engine.train.shards import Example
 
@@ -29,15 +31,22 @@ _SHAPE = (
     "tie_word_embeddings", "rope_parameters",
 )  # fmt: skip
 
+_LATER = 0.7  # what a draft's loss counts beside that of the draft in front of it, without which it is never reached
 
-RowsOf = Callable[[slice], TargetRows]  # of some of a batch's rows
+
+@dataclass(frozen=True)
+class Taught:
+    """What a target says of a batch's R rows."""
+
+    states: Tensor  # [R, hidden], its last ones, normed
+    rows: Callable[[slice], TargetRows]  # some at a time: over a large vocabulary all at once would be gigabytes
 
 
 class Teacher(Protocol):
     """Who says what the target thinks."""
 
-    def rows_of(self, batch: Batch) -> RowsOf:
-        """What is asked about a batch's R rows, some at a time: over a large vocabulary all at once would be gigabytes."""
+    def of(self, batch: Batch) -> Taught:
+        """What it thinks at a batch's rows."""
         ...
 
 
@@ -49,14 +58,14 @@ class TargetTeacher:
         self._model, self._draft_ids = model, draft_ids
 
     @torch.inference_mode()
-    def rows_of(self, batch: Batch) -> RowsOf:
+    def of(self, batch: Batch) -> Taught:
         states = hidden_rows(self._model, batch)
 
         @torch.inference_mode()
         def rows(some: slice) -> TargetRows:
             return target_rows(self._model.lm_head(states[some]), self._draft_ids)
 
-        return rows
+        return Taught(states, rows)
 
 
 def pack_linears(model: Any, kind: LinearKind) -> None:
@@ -67,31 +76,81 @@ def pack_linears(model: Any, kind: LinearKind) -> None:
                 setattr(module, name, kind.make(child, UNKNOWN))
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A way of coming to the states of a batch's R rows, from which the head reads."""
+
+    states: Tensor  # [R, hidden]
+    counted: Tensor  # [R], whether a row has all that this way needs
+    weight: float  # of its losses; those of all ways sum to one
+
+
 class Student:
     """The drafter in training. With a reduced vocabulary its head is some rows of the embedding."""
 
-    def __init__(self, model: Any, draft_ids: Tensor | None = None):
-        """`draft_ids` [N] are the tokens that it may draft, ascending; None for all."""
+    def __init__(self, model: Any, draft_ids: Tensor | None = None, adapter: Adapter | None = None, learns: Learns = "all"):
+        """`draft_ids` [N] are the tokens that it may draft, ascending; None for all. What of `model` needs no gradient is lent to it."""
         self.model = model
         self.draft_ids = draft_ids
+        self.adapter = adapter
+        self._lent = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+        self._learns = learns
+        if learns == "adapter":
+            model.requires_grad_(False)
 
-    def states(self, batch: Batch) -> Tensor:
-        """[R, hidden] of a batch's rows, normed."""
-        return hidden_rows(self.model, batch)
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What may be trained."""
+        return [self.model, *([self.adapter.weights] if self.adapter else [])]
+
+    def readings(self, batch: Batch, of_target: Tensor, is_learning: bool) -> list[Reading]:
+        """The states [R, hidden] from the text alone, and, with an adapter, those of each draft in a row behind the target's own
+        [R, hidden]. Of these, while learning, those that learn."""
+        states = hidden_rows(self.model, batch)
+        from_text = Reading(states, torch.ones(len(states), dtype=torch.bool, device=states.device), 1.0)
+        if self.adapter is None:
+            return [from_text]
+        behind = self.adapter.readings(states, of_target, batch)
+        if is_learning and self._learns == "adapter":
+            return behind
+        return [replace(reading, weight=reading.weight / 2) for reading in (from_text, *behind)]
 
     def head(self) -> Tensor:
         """[N, hidden], the rows of its head."""
         weight: Tensor = self.model.lm_head.weight
         return weight if self.draft_ids is None else weight.index_select(0, self.draft_ids)
 
-    def trained(self) -> dict[str, Tensor]:
-        """Its weights by name, but for those that are not trained."""
-        fixed = {name for name, parameter in self.model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-        return {name: weight for name, weight in self.model.state_dict().items() if name not in fixed}
+    def own(self) -> dict[str, Tensor]:
+        """The weights of its model by name, but for those that are lent to it."""
+        return {name: weight for name, weight in self.model.state_dict().items() if name not in self._lent}
 
-    def restore(self, weights: dict[str, Tensor]) -> None:
-        """Take over what `trained` gave."""
-        self.model.load_state_dict(self.model.state_dict() | weights)
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """All that is its own, the adapter's included."""
+        return {"model": self.own()} | ({"adapter": self.adapter.weights.state_dict()} if self.adapter else {})
+
+    def restore(self, weights: dict[str, dict[str, Tensor]]) -> None:
+        """Take over what `weights` gave."""
+        self.model.load_state_dict(self.model.state_dict() | weights["model"])
+        if self.adapter is not None:
+            self.adapter.weights.load_state_dict(weights["adapter"])
+
+
+class Adapter:
+    """A state adapter in training: each draft of a row of drafts reads the one before, the first reads the target's state."""
+
+    def __init__(self, weights: AdapterWeights, num_drafts: int):
+        self.weights, self._num_drafts = weights, num_drafts
+
+    def readings(self, states: Tensor, of_target: Tensor, batch: Batch) -> list[Reading]:
+        """Of the drafter's states and the target's [R, hidden], those of each draft. A row needs as many rows of its example in front."""
+        in_front = torch.cat([torch.arange(count, device=states.device) for count in batch.counts])
+        weights = [_LATER**j for j in range(self._num_drafts)]
+        found: list[Reading] = []
+        before = of_target.to(states.dtype)
+        for j, weight in enumerate(weights):
+            before = self.weights(states, torch.nn.functional.pad(before[:-1], (0, 0, 1, 0)), is_targets=j == 0)
+            found.append(Reading(before, in_front > j, weight / sum(weights)))
+        return found
 
 
 def hidden_rows(model: Any, batch: Batch) -> Tensor:
@@ -116,6 +175,22 @@ def new_drafter(shape: DrafterShape, target: Any, seed: int) -> Any:
     for place, layer in enumerate(shape.init.from_target_layers):
         _take_layer(model, place, target, layer)
     return model
+
+
+def new_adapter(shape: DrafterShape, target_hidden_size: int, seed: int) -> Adapter | None:
+    """What the shape says of an adapter, in float32 on the CPU: that of `init.drafter` where it has one. Raises ConfigError."""
+    asked = shape.state_adapter
+    if asked is None:
+        return None
+    torch.manual_seed(seed)
+    weights = AdapterWeights(shape.hidden_size, asked.width, target_hidden_size)
+    earlier = shape.init.drafter and read_adapter(Path(shape.init.drafter), shape.hidden_size, torch.float32, torch.device("cpu"))
+    if earlier:
+        own, theirs = ((of.own.out_features, of.from_target.in_features) for of in (weights, earlier))
+        if own != theirs:
+            raise ConfigError(f"drafter.state_adapter: width and target are {own} here, and in {shape.init.drafter!r} {theirs}")
+        weights.load_state_dict(earlier.state_dict())
+    return Adapter(weights, asked.drafts)
 
 
 def drafter_config(shape: DrafterShape, target: Any) -> Any:
@@ -223,10 +298,11 @@ def frequent_ids(examples: Sequence[Example], number: int, always: Sequence[int]
     return torch.tensor(sorted(chosen))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(student: Student, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases and embeddings do not. What takes no gradient is left out."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.get_output_embeddings().weight)}  # type: ignore[operator]
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    model = student.model
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} | {id(model.get_output_embeddings().weight)}
+    parameters = [p for module in student.modules for p in module.parameters() if p.requires_grad]
     decaying = [p for p in parameters if p.ndim > 1 and id(p) not in embeddings]
     known = {id(p) for p in decaying}
     return [

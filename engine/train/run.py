@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError
+from engine.model.draft_vocabulary import read_draft_ids
 from engine.model.linear import UNKNOWN, choose, some_outputs
 from engine.model.loader import end_token_ids, load, read_config, resolve_device, resolve_dtype
 from engine.model.source import CONFIG_FILE, Progress, resolve, silent
@@ -20,7 +21,7 @@ from engine.train.config import DistilConfig
 from engine.train.data import Made, Material, data_engine, difference, make_shards, recipe_of
 from engine.train.distil import Distillation, Examples, Report
 from engine.train.export import History, export, require_replaceable
-from engine.train.models import Student, TargetTeacher, Teacher, drafter_config, frequent_ids, new_drafter, pack_linears
+from engine.train.models import Student, TargetTeacher, Teacher, drafter_config, frequent_ids, new_adapter, new_drafter, pack_linears
 from engine.train.shards import Example, digest, is_held_out, read_shard
 from engine.train.states import KeptTeacher, OnStates, Rows, keep_states
 
@@ -88,7 +89,8 @@ def distil(
     if is_export_only:
         training.restore(run)
     else:
-        num_weights = sum(weight.numel() for weight in student.model.parameters() if weight.requires_grad)
+        weights = (weight for module in student.modules for weight in module.parameters())
+        num_weights = sum(weight.numel() for weight in weights if weight.requires_grad)
         watch.say(f"Training {num_weights / 1e6:.1f} million weights on {len(learnt):,} answers")
         training.run(run, fingerprint, watch.on_report)
     history = History(
@@ -126,9 +128,20 @@ def _split(examples: Sequence[Example], config: DistilConfig) -> tuple[list[int]
 
 
 def _student(config: DistilConfig, target: Any, examples: Sequence[Example], end_ids: Sequence[int], device: torch.device) -> Student:
-    model = new_drafter(config.drafter, target, config.training.seed).to(device)
-    number = config.drafter.draft_vocabulary
-    return Student(model, None if number is None else frequent_ids(examples, number, end_ids).to(device))
+    shape, seed = config.drafter, config.training.seed
+    model, adapter = new_drafter(shape, target, seed).to(device), new_adapter(shape, target.config.hidden_size, seed)
+    if adapter is not None:
+        adapter.weights.to(device)
+    number, earlier = shape.draft_vocabulary, None
+    if shape.init.drafter is not None:
+        earlier = read_draft_ids(Path(shape.init.drafter), model.config.vocab_size)
+    if number is None:
+        ids = None
+    elif earlier is not None and len(earlier) == number:
+        ids = earlier
+    else:
+        ids = frequent_ids(examples, number, end_ids)
+    return Student(model, None if ids is None else ids.to(device), adapter, config.training.learns)
 
 
 def _kept(config: DistilConfig, target: Any, shards: Sequence[Path], by_shard: Sequence[Sequence[Example]], watch: Watch) -> list[Rows]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.train.batches import Batch, collate, in_passes
 from engine.train.losses import CACHED_ROWS, TargetRows
-from engine.train.models import RowsOf, hidden_rows
+from engine.train.models import Taught, hidden_rows
 from engine.train.shards import Example, write_whole
 
 FORMAT = 2  # raise it when the same target and examples would give another file
@@ -51,7 +51,7 @@ class KeptTeacher:
         self._files: dict[Path, dict[str, Any]] = {}
 
     @torch.inference_mode()
-    def rows_of(self, batch: Batch) -> RowsOf:
+    def of(self, batch: Batch) -> Taught:
         parts = [self._read(self._rows[index]) for index in batch.examples]
         states, normalizers, favourites = (torch.cat(columns).to(self._device) for columns in zip(*parts, strict=True))
         states = states.to(self._dtype)
@@ -62,7 +62,7 @@ class KeptTeacher:
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sub_(normalizers[some, None])
             return TargetRows(log_p, favourites[some].long())
 
-        return rows
+        return Taught(states, rows)
 
     def _read(self, rows: Rows) -> list[Tensor]:
         if rows.path not in self._files:

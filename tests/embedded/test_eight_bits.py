@@ -31,7 +31,7 @@ def perplexity(model_path: Path, kind: LinearKind) -> float:
     config = EngineConfig(model=ModelPair(name="x", target=ModelSource(source="x")), engine=RuntimeConfig(device="cpu", kv_cache=1 << 26))
     core = assemble(config, member)
     ids = tuple(TextTokenizer.from_folder(model_path).encode(TEXT.read_text("utf-8")))[:NUM_TOKENS]
-    logits, _ = core._parts.runner.forward(*window(alone(core, ids[:1], NUM_TOKENS), num_tokens=1, drafts=ids[1:]))
+    logits, _, _ = core._parts.runner.forward(*window(alone(core, ids[:1], NUM_TOKENS), num_tokens=1, drafts=ids[1:]))
     return math.exp(nn.functional.cross_entropy(logits[:-1].float(), torch.tensor(ids[1:])))
 
 

@@ -107,12 +107,12 @@ def test_memory_that_runs_out_while_loading_is_one_line_with_the_keys_to_turn(
 
 
 def test_no_memory_for_one_step_is_said_at_the_start(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = PagedModel.forward
+    own = PagedModel.states
 
-    def forward(self: PagedModel, segments: Any, input_ids: torch.Tensor, rows: Any) -> torch.Tensor:
+    def states(self: PagedModel, segments: Any, input_ids: torch.Tensor, rows: Any) -> torch.Tensor:
         return full() if segments else own(self, segments, input_ids, rows)
 
-    monkeypatch.setattr(PagedModel, "forward", forward)
+    monkeypatch.setattr(PagedModel, "states", states)
     with pytest.raises(ConfigError, match=r"leave no memory for a step: lower engine\.kv_cache"):
         build(config)
 

@@ -70,12 +70,12 @@ def test_all_rows_of_a_chunk_on_request() -> None:
     seq.block_table = [0, 1]
     for wanted, offsets in ((RowsWanted.ALL, (-4, -3, -2, -1, 0, 1, 2)), (RowsWanted.WINDOW, (0, 1, 2))):
         plan = StepPlan((Chunk(seq, 5, True, 2, wanted),))
-        logits, rows = runner.forward(plan, make_drafts(plan, [2]))
+        logits, rows, _ = runner.forward(plan, make_drafts(plan, [2]))
         assert rows.offsets == offsets
         torch.testing.assert_close(logits, own([3, 1, 4, 1, 5, 9, 9])[-len(offsets) :], rtol=0, atol=1e-10)
         assert rows.windows() == [offsets.index(i) for i in (0, 1, 2)]
     partial = StepPlan((Chunk(seq, 3, False),))
-    logits, rows = runner.forward(partial, NoDrafter().propose(partial, 9))
+    logits, rows, _ = runner.forward(partial, NoDrafter().propose(partial, 9))
     assert logits.shape == (0, VOCAB)
     assert rows.seqs == ()
 

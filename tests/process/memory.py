@@ -28,16 +28,16 @@ class Wall:
     num_refused: int = 0
 
     def in_front_of(self, model: PagedModel) -> None:
-        own = model.forward
+        own = model.states
 
-        def forward(segments: Sequence[Segment], input_ids: Tensor, rows: Sequence[int]) -> Tensor:
+        def states(segments: Sequence[Segment], input_ids: Tensor, rows: Sequence[int]) -> Tensor:
             self.num_passes += bool(segments)
             if segments and self.refuses(self.num_passes, input_ids):
                 self.num_refused += 1
                 raise self.error()
             return own(segments, input_ids, rows)
 
-        model.forward = forward  # type: ignore[method-assign]
+        model.states = states  # type: ignore[method-assign]
 
 
 def target_of(core: EngineCore) -> PagedModel:

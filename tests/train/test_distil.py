@@ -121,8 +121,8 @@ def lines(config: DistilConfig) -> list[dict[str, Any]]:
 
 
 def weights(config: DistilConfig) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(Path(config.training.folder) / "checkpoint.pt", weights_only=True)["student"]
-    return state
+    parts = torch.load(Path(config.training.folder) / "checkpoint.pt", weights_only=True)["student"]
+    return {f"{part}.{name}": weight for part, weights in parts.items() for name, weight in weights.items()}
 
 
 def train(config: DistilConfig, shards: list[Path], **watch: Any) -> None:

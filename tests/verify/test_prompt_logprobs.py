@@ -9,10 +9,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from torch import Tensor
 
 from engine.config import AdaptiveLengthConfig, FixedLengthConfig
-from engine.model.runner import ModelRunner
+from engine.model.runner import ModelRunner, Passed
 from engine.request import Choice, Request, TokenLogprobs
 from engine.sched.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -115,10 +114,10 @@ def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
 def test_no_more_rows_are_there_at_once_than_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, forward = list[int](), ModelRunner.forward
 
-    def noted(runner: ModelRunner, *args: Any) -> tuple[Tensor, Any]:
-        logits, rows = forward(runner, *args)
-        sizes.append(len(logits))
-        return logits, rows
+    def noted(runner: ModelRunner, *args: Any) -> Passed:
+        passed = forward(runner, *args)
+        sizes.append(len(passed.logits))
+        return passed
 
     monkeypatch.setattr(ModelRunner, "forward", noted)
     request = msgspec.structs.replace(scoring(seeded()[0], 1, max_tokens=0), prompt_ids=prompt(1) * 5)
