@@ -64,9 +64,9 @@ def export(student: Student, history: History, target_folder: Path) -> Path:
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.tmp-", dir=output.parent))
         try:
             _fill(temporary, student, config, target_folder)
-            content = config.model_dump(mode="json")
+            content = {"recipe": config.model_dump(mode="json"), "position": vars(history.position), "validations": history.validations}
             (temporary / HISTORY).write_text(
-                json.dumps({"recipe": content, "position": vars(history.position), "validations": history.validations}, indent=1) + "\n",
+                json.dumps(content | {"before": _history_of(config.drafter.init.drafter)}, indent=1) + "\n",
                 "utf-8",
             )
             (temporary / CARD).write_text(card(student, history, passes(temporary, target_folder, config)), "utf-8")
@@ -200,12 +200,13 @@ def card(student: Student, history: History, passes: Passes) -> str:
         *_behind_target(behind),
         "## How it got there",
         "",
+        *(["The first draft of a row, with the target's state; the drafter itself stayed as it was.", ""] * (training.learns == "adapter")),
         "| tokens learnt from | temperature 1 | temperature 0 | loss |",
         "| --- | --- | --- | --- |",
         *(
             f"| {v['tokens']:,} | {s['acceptance']:.3f} | {s['agreement']:.3f} | {s['loss']:.3f} |"
             for v in _some(history.validations)
-            if (s := v["sources"].get("all"))
+            if (s := v["sources"].get("draft 1" if training.learns == "adapter" else "all"))
         ),
         "",
         "More is had from the same command: raise `data.num_tokens` and `training.tokens` in the recipe, and name another",
@@ -235,6 +236,12 @@ def card(student: Student, history: History, passes: Passes) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _history_of(folder: str | None) -> Any:
+    """How the drafter that this one began with came about, and the one before that; None where there was none, or nobody knows."""
+    path = Path(folder, HISTORY) if folder else None
+    return json.loads(path.read_text("utf-8")) if path and path.is_file() else None
 
 
 def _behind_target(scores: dict[str, Any]) -> list[str]:

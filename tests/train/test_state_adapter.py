@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,12 @@ def test_the_adapter_alone_learns_and_the_rest_stays(recipe: Recipe, beginning: 
     card = (Path(config.output) / "README.md").read_text("utf-8")
     assert "state adapter | 246 more, to read the target's last state; the only part that was trained here" in card
     assert "### With the target's state" in card
-    again = further(
-        recipe, config.output, training__folder=config.training.folder + "-more", training__steps=4, output=config.output + "-more"
-    )
+    more = {"training__folder": config.training.folder + "-more", "output": config.output + "-more"}
+    again = further(recipe, config.output, training__steps=4, training__learning_rate=1e-9, **more)
     train(again, shards)
     first = next(entry["sources"] for entry in lines(again) if entry["kind"] == "validation")
-    assert first["draft 1"]["loss"] < validations[0]["draft 1"]["loss"], "it went on from what was there"
+    assert first["draft 1"]["loss"] == pytest.approx(validations[-1]["draft 1"]["loss"], rel=1e-4), "it went on from what was there"
+    assert json.loads((Path(again.output) / "training.json").read_text("utf-8"))["before"]["before"]["before"] is None
 
 
 def test_a_run_that_was_ended_goes_on_bit_for_bit(recipe: Recipe, beginning: str, shards: list[Path]) -> None:
