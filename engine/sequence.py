@@ -68,10 +68,10 @@ class Sequence:
         """Whether every position must have a drafter's row (where the drafter can give one at all).
 
         True for seeded requests and for every rule but exact: their text may not depend on how many drafts the load allowed.
-        An unseeded exact request has the same law with and without the row.
+        An unseeded exact request has the same law with and without the row, and at temperature 0 the same text.
         """
-        speculation = self.request.speculation
-        return speculation.enabled and (self.request.sampling.is_seeded or speculation.rule != "exact")
+        speculation, sampling = self.request.speculation, self.request.sampling
+        return speculation.enabled and (speculation.rule != "exact" or (sampling.is_seeded and sampling.temperature > 0))
 
 
 def choice_key(seed: int, index: int) -> int:
