@@ -5,9 +5,9 @@ acceptance rates up to j; drafts are taken in the order of their survival as lon
 
     (sequences + sum of survivals) / (seconds of the target over all rows + seconds of the drafter's calls)
 
-can still grow, so length zero is a choice like any other. Sources: Liu et al., "Optimizing Speculative Decoding for Serving Large Language
-Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection for Batch Speculative Decoding" (2025), whose order this
-is: survivals fall along a sequence, so the greedy choice is the best one of its size.
+can still grow, and only if it grows by some per cent at all, so length zero is a choice like any other. Sources: Liu et al., "Optimizing
+Speculative Decoding for Serving Large Language Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection for Batch
+Speculative Decoding" (2025), whose order this is: survivals fall along a sequence, so the greedy choice is the best one of its size.
 
 For drafts that are looked up this is how many are made. What a model drafts stands in runs: a name or a phrase that it knows, then a word
 that it does not. So who drafts at all may draft up to the maximum, and behind every call of the drafter all are asked together who goes on:
@@ -48,6 +48,7 @@ _SHARED_MEMORY = 0.995  # of the counts of all
 _PROBES = (8, 256)  # rounds without drafts until one is tried again: at first, and at most; doubled each time that the try was in vain
 _TRYING = 0.01  # share of the time that such tries may be expected to lose
 _TRYING_MEMORY = 0.999  # of what they may lose and did not, at the next step
+_MARGIN = 0.05  # by which drafts of many sequences must promise more than none: the best of many promises is the one most overrated
 _LEAST = 0.02  # survival behind which no row is worth looking at
 _SHARING = 32  # rounds, at most, that share what reading the text costs a drafter
 _MAX_BATCH_BUCKET = 7  # 64 sequences and more
@@ -188,7 +189,7 @@ class AdaptiveLength(FixedLength):
         bucket = _bucket(num_seqs)
         target, shared = self._targets.of(bucket), self._shared.get(bucket)
         rate = shared.own[0].mixed_with(_PRIOR_RATE) if shared is not None else _PRIOR_RATE
-        pace = num_seqs / target.at(num_seqs)
+        pace = _wanted(num_seqs) * num_seqs / target.at(num_seqs)
         return any((num_seqs + num * rate) / (target.at(num_seqs + num) + self._call(num)) > pace for num in (1, num_seqs))
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
@@ -222,7 +223,7 @@ class AdaptiveLength(FixedLength):
         sequence's first draft costs besides."""
         tokens, num_rows, drafter_seconds = self._round.tokens, self._round.num_rows, self._round.drafter_seconds
         seconds = self._target.at  # asked for every slot
-        best, best_rate = 0, tokens / (seconds(num_rows) + drafter_seconds) if tokens else 0.0
+        best, best_rate = 0, _wanted(tokens) * tokens / (seconds(num_rows) + drafter_seconds) if tokens else 0.0  # one of each sequence
         by_depth: dict[int, int] = {}
         for num, (survival, depth, late) in enumerate(slots, 1):
             tokens += survival
@@ -312,6 +313,11 @@ class AdaptiveLength(FixedLength):
         if (rates := self._shared.get(self._bucket)) is None:
             rates = self._shared[self._bucket] = Rates.nothing(self.max_length, self._predictions)
         return rates
+
+
+def _wanted(num_seqs: float) -> float:
+    """How much more than none drafts must promise: nothing more for one sequence, whose few promises are seen all the time."""
+    return 1 + _MARGIN * (1 - 1 / num_seqs)
 
 
 def _bucket(num_seqs: int) -> int:
