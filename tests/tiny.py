@@ -111,10 +111,10 @@ def drafter_model(dtype: torch.dtype = torch.float64, vocab: int = VOCAB, archit
 
 
 @cache
-def adapter_weights() -> AdapterWeights:
+def adapter_weights(is_chained: bool = True) -> AdapterWeights:
     """A random adapter of the pair."""
     torch.manual_seed(13)
-    weights = AdapterWeights(16, 6, 16).double().requires_grad_(False)
+    weights = AdapterWeights(16, 6, 16, is_chained).double().requires_grad_(False)
     for weight in weights.parameters():
         weight.normal_(std=0.5)
     return weights
@@ -214,7 +214,7 @@ class Setup:
     drafter_context: int = 10**9
     drafted: tuple[int, ...] | None = None  # the tokens of a drafter's reduced vocabulary; None for all
     doubt: float | None = None  # of copying; None for none
-    reads_states: bool = False  # whether the drafter has an adapter for the target's states
+    reads_states: Literal["", "first", "all"] = ""  # whose rows of a round the drafter's adapter changes, if it has one
     policy: LengthConfig = field(default_factory=lambda: FixedLengthConfig(max=4))
     verification: Literal["token", "block"] = "token"
     num_blocks: int = 64
@@ -281,7 +281,11 @@ def make_core(setup: Setup) -> EngineCore:
         model = copy.deepcopy(drafter_model(setup.dtype, setup.vocab, setup.architecture)).to(setup.device)
         draft_ids = None if setup.drafted is None else torch.tensor(setup.drafted)
         stack = DecoderStack(model, draft_ids=draft_ids, choose_attention=lambda _: setup.attention, math=setup.math)
-        stack.adapter = StateAdapter(adapter_weights().to(setup.device, setup.dtype)) if setup.reads_states else None
+        stack.adapter = (
+            StateAdapter(copy.deepcopy(adapter_weights(setup.reads_states == "all")).to(setup.device, setup.dtype))
+            if setup.reads_states
+            else None
+        )
         drafter = Member(stack, min(64, setup.drafter_context), Path("drafter"))
     bytes_per_token = kv_bytes_per_token(target.stack) * (2 if drafter else 1)
     config = EngineConfig(

@@ -316,7 +316,8 @@ class ModelDrafter:
                 adapted = self._adapter(states.index_select(0, which), torch.stack(list(known.values())), is_targets)
                 states = states.index_copy(0, which, adapted)
         for draft, before, state in zip(drafts, befores, states, strict=True):
-            draft.before = None if before is None else _Before(draft.position + 1, state, is_targets=False)
+            is_read = before is not None and self._adapter.is_chained
+            draft.before = _Before(draft.position + 1, state, is_targets=False) if is_read else None
         return states
 
     def _store(self, table: _Table, drafts: list[_Draft], states: Tensor) -> None:

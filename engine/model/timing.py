@@ -92,7 +92,7 @@ def _seconds(model: PagedModel, table: list[int], start: int, rows: int) -> floa
     began = time.perf_counter()
     states = model.states([Segment(table, start, rows)], ids, range(rows))
     if (adapter := model.stack.adapter) is not None:
-        states = adapter(states, states, is_targets=False)
+        states = adapter(states, states.new_zeros(rows, adapter.target_hidden_size), is_targets=True)
     float(model.logits(states)[-1, 0])  # waits for the device
     return time.perf_counter() - began
 

@@ -28,7 +28,7 @@ class StateAdapterShape(Section):
     """What the drafter learns to read of its target's last states."""
 
     width: int = Field(ge=1, description="of its hidden layer")
-    drafts: int = Field(3, ge=1, le=16, description="so many in a row are learnt, each reading the one before; later ones count less")
+    drafts: int = Field(1, ge=1, le=16, description="so many in a row learn to read, each the one before; further ones read nothing")
 
 
 class DrafterShape(Section):

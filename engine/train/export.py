@@ -252,7 +252,7 @@ def _behind_target(scores: dict[str, Any]) -> list[str]:
         "### With the target's state",
         "",
         "Where it may read the target's last state (requests without a seed under the rule exact), over all prompts: the first draft of a",
-        "row reads the target's, the next ones its own.",
+        "row reads the target's, the next ones its own; drafts that are not here are from the text alone.",
         "",
         "| draft | tokens | temperature 1 | temperature 0 | loss |",
         "| --- | --- | --- | --- | --- |",

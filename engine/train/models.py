@@ -183,12 +183,12 @@ def new_adapter(shape: DrafterShape, target_hidden_size: int, seed: int) -> Adap
     if asked is None:
         return None
     torch.manual_seed(seed)
-    weights = AdapterWeights(shape.hidden_size, asked.width, target_hidden_size)
+    weights = AdapterWeights(shape.hidden_size, asked.width, target_hidden_size, is_chained=asked.drafts > 1)
     earlier = shape.init.drafter and read_adapter(Path(shape.init.drafter), shape.hidden_size, torch.float32, torch.device("cpu"))
     if earlier:
-        own, theirs = ((of.own.out_features, of.from_target.in_features) for of in (weights, earlier))
+        own, theirs = ({name: list(weight.shape) for name, weight in of.state_dict().items()} for of in (weights, earlier))
         if own != theirs:
-            raise ConfigError(f"drafter.state_adapter: width and target are {own} here, and in {shape.init.drafter!r} {theirs}")
+            raise ConfigError(f"drafter.state_adapter: is {own}, and in {shape.init.drafter!r} {theirs}")
         weights.load_state_dict(earlier.state_dict())
     return Adapter(weights, asked.drafts)
 

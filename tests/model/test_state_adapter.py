@@ -16,9 +16,9 @@ from tests.tiny import Setup, make_core
 CPU = torch.device("cpu")
 
 
-def weights(hidden: int = 12, width: int = 7, of_target: int = 20) -> AdapterWeights:
+def weights(hidden: int = 12, width: int = 7, of_target: int = 20, is_chained: bool = True) -> AdapterWeights:
     torch.manual_seed(1)
-    made = AdapterWeights(hidden, width, of_target).requires_grad_(False)
+    made = AdapterWeights(hidden, width, of_target, is_chained).requires_grad_(False)
     for weight in made.parameters():
         weight.normal_()
     return made
@@ -36,14 +36,17 @@ def test_what_serves_computes_what_was_trained(kind: str, is_targets: bool) -> N
 
 def test_a_fresh_one_adds_nothing() -> None:
     states = torch.randn(3, 12)
-    assert torch.equal(AdapterWeights(12, 7, 20)(states, torch.randn(3, 20), is_targets=True), states)
+    assert torch.equal(AdapterWeights(12, 7, 20, is_chained=False)(states, torch.randn(3, 20), is_targets=True), states)
 
 
-def test_it_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
-    made = weights()
+@pytest.mark.parametrize("is_chained", [True, False])
+def test_it_comes_back_from_disk_as_it_was(is_chained: bool, tmp_path: Path) -> None:
+    made = weights(is_chained=is_chained)
     write_adapter(tmp_path, made, torch.float32)
     found = read_adapter(tmp_path, 12, torch.float32, CPU)
     assert found is not None
+    assert StateAdapter(found).is_chained is is_chained
+    assert found.state_dict().keys() == made.state_dict().keys()
     assert all(torch.equal(own, found.state_dict()[name]) for name, own in made.state_dict().items())
     assert read_adapter(tmp_path / "elsewhere", 12, torch.float32, CPU) is None
 
@@ -61,6 +64,6 @@ def test_a_file_of_another_shape_or_none_at_all_is_refused(tmp_path: Path) -> No
 
 
 def test_a_target_of_another_width_is_refused_with_the_key_to_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.tiny.adapter_weights", lambda: weights(16, 6, 24).double())
+    monkeypatch.setattr("tests.tiny.adapter_weights", lambda _: weights(16, 6, 24).double())
     with pytest.raises(ConfigError, match=r"states of width 24, and model\.target has 16; set model\.drafter\.target_states to false"):
-        make_core(Setup(drafter="model", reads_states=True))
+        make_core(Setup(drafter="model", reads_states="all"))

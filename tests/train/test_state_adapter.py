@@ -37,7 +37,7 @@ def examples(shards: list[Path]) -> list[Example]:
 @pytest.fixture
 def run(model: Any, examples: list[Example]) -> Distillation:
     torch.manual_seed(2)
-    adapter = AdapterWeights(8, 5, model.config.hidden_size).double()
+    adapter = AdapterWeights(8, 5, model.config.hidden_size, is_chained=True).double()
     for weight in adapter.parameters():
         torch.nn.init.normal_(weight, std=0.5)
     student = Student(new_drafter(SHAPE, model, 0).double(), None, Adapter(adapter, NUM_DRAFTS))
@@ -161,5 +161,5 @@ def test_what_cannot_be_is_refused(recipe: Recipe, beginning: str, shards: list[
         drafter__init={"drafter": config.output},
         training__folder=config.training.folder + "-other",
     )
-    with pytest.raises(ConfigError, match=r"state_adapter: width and target are \(7, 16\) here, and in .* \(6, 16\)"):
+    with pytest.raises(ConfigError, match=r"state_adapter: is .*\[7, 16\].*, and in .*\[6, 16\]"):
         train(other, shards)

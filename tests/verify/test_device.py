@@ -78,6 +78,7 @@ def test_what_waits_is_counted() -> None:
         pytest.param(Setup(drafter="none"), 0, id="no drafter"),
         pytest.param(Setup(drafter="ngram", policy=FixedLengthConfig(max=3)), 0, id="looked up"),
         pytest.param(Setup(drafter="model", policy=FixedLengthConfig(max=3)), 0, id="a model"),
+        pytest.param(Setup(drafter="model", policy=FixedLengthConfig(max=3), reads_states="all"), 0, id="a model that reads states"),
         pytest.param(Setup(drafter="model", policy=AdaptiveLengthConfig(max=3)), 1, id="a model whose confidence is read"),
         pytest.param(Setup(drafter="model", policy=FixedLengthConfig(max=3), doubt=0.5), 1, id="a model that copies"),
     ],

@@ -22,8 +22,8 @@ DRAFTERS = {
     "model, short context": Setup(drafter="model", drafter_context=12),
     "model, lagging": Setup(drafter="model", max_drafter_tokens=3),
     "model, some tokens, copying": Setup(drafter="model", drafted=tuple(range(0, 24, 2)), doubt=0.5),
-    "model, states": Setup(drafter="model", reads_states=True),
-    "model, states, copying": Setup(drafter="model", reads_states=True, drafted=tuple(range(0, 24, 2)), doubt=0.5),
+    "model, states": Setup(drafter="model", reads_states="all"),
+    "model, states, copying": Setup(drafter="model", reads_states="first", drafted=tuple(range(0, 24, 2)), doubt=0.5),
     "model, block": Setup(drafter="model", verification="block"),
     "ngram, block": Setup(drafter="ngram", verification="block"),
 }

@@ -39,7 +39,7 @@ SETUPS = {
     "model, short context": Setup(drafter="model", drafter_context=12),
     "model, lagging": Setup(drafter="model", max_drafter_tokens=3),
     "model, some tokens, copying": Setup(drafter="model", drafted=tuple(range(0, 24, 2)), doubt=0.5),
-    "model, states": Setup(drafter="model", reads_states=True),
+    "model, states": Setup(drafter="model", reads_states="all"),
     "ngram": Setup(drafter="ngram"),
     "none": Setup(drafter="none"),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from engine.sequence import Sequence
 from tests.tiny import VOCAB, Setup, adapter_weights, drafter_model, drive, make_core, naive_target, target_model
 from tests.verify.requests import greedy, prompt
 
-READING = Setup(drafter="model", reads_states=True, policy=FixedLengthConfig(max=3))
+_WAYS: tuple[Literal["", "all"], ...] = ("all", "")
+READING = Setup(drafter="model", reads_states="all", policy=FixedLengthConfig(max=3))
 
 
 def sampled(number: int, is_seeded: bool = False, num_tokens: int = 8, rule: str = "exact") -> Request:
@@ -50,23 +52,26 @@ class Proposals:
 
 
 @torch.inference_mode()
-def naive_rows(text: tuple[int, ...], drafts: list[int], reads_target: bool) -> torch.Tensor:
-    """[len(drafts), V] at temperature 1, each from a forward over all of the text: as the module's first lines say."""
-    weights, drafter, before, rows = adapter_weights(), drafter_model(), None, []
+def naive_rows(text: tuple[int, ...], drafts: list[int], reads_target: bool, is_chained: bool) -> torch.Tensor:
+    """[len(drafts), V] at temperature 1, each from a forward over all of the text: as the adapter's first lines say."""
+    weights, drafter, before, rows = adapter_weights(is_chained), drafter_model(), None, []
     if reads_target:
         before = target_model().model(torch.tensor([text[:-1]])).last_hidden_state[0, -1:]
     for depth in range(len(drafts)):
         state = drafter.model(torch.tensor([[*text, *drafts[:depth]]])).last_hidden_state[0, -1:]
         if before is not None:
             read = weights.from_target if depth == 0 else weights.from_drafter
+            assert read is not None
             state = before = state + weights.out(torch.nn.functional.silu(weights.own(state) + read(before)))
+            before = before if is_chained else None
         rows.append(drafter.lm_head(state)[0].softmax(-1))
     return torch.stack(rows)
 
 
-def test_rows_are_those_of_the_naive_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reads", ["first", "all"])
+def test_rows_are_those_of_the_naive_forward(reads: Literal["first", "all"], monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixed batches: requests that read states beside ones that do not, some of which are taken up again after a preemption."""
-    core = make_core(Setup(drafter="model", reads_states=True, policy=FixedLengthConfig(max=3), num_blocks=14, block_size=2))
+    core = make_core(Setup(drafter="model", reads_states=reads, policy=FixedLengthConfig(max=3), num_blocks=14, block_size=2))
     proposals = Proposals.of(core, monkeypatch)
     requests = [sampled(i, is_seeded=i % 3 == 0, rule=("exact", "token_v3")[i % 4 == 1]) for i in range(16)]
     outcome = drive(core, requests)
@@ -75,14 +80,14 @@ def test_rows_are_those_of_the_naive_forward(monkeypatch: pytest.MonkeyPatch) ->
     for seq, text, drafts, rows in proposals.found:
         is_first = len(text) == len(seq.request.prompt_ids)  # the target has not run yet
         reads_target = not seq.needs_q and not is_first
-        torch.testing.assert_close(rows[: len(drafts)], naive_rows(text, drafts, reads_target), rtol=0, atol=1e-10)
+        torch.testing.assert_close(rows[: len(drafts)], naive_rows(text, drafts, reads_target, reads == "all"), rtol=0, atol=1e-10)
         num[reads_target] += 1
     assert min(num[True], num[False]) > 10
 
 
 def test_a_seeded_request_and_a_cascade_draft_from_the_text_alone() -> None:
     requests = [sampled(i, is_seeded=i % 2 == 0, rule=("exact", "token_v1")[i % 2]) for i in range(6)]
-    texts = [drive(make_core(Setup(drafter="model", reads_states=reads)), requests) for reads in (True, False)]
+    texts = [drive(make_core(Setup(drafter="model", reads_states=reads)), requests) for reads in _WAYS]
     assert texts[0].tokens == texts[1].tokens
     assert texts[0].rounds == texts[1].rounds
 
@@ -111,7 +116,7 @@ def test_what_is_emitted_has_the_targets_law() -> None:
 def test_the_state_changes_what_is_drafted() -> None:
     """Else the tests above prove nothing."""
     requests = greedy(8)
-    outcomes = [drive(make_core(Setup(drafter="model", reads_states=reads)), requests) for reads in (True, False)]
+    outcomes = [drive(make_core(Setup(drafter="model", reads_states=reads)), requests) for reads in _WAYS]
     assert outcomes[0].tokens == outcomes[1].tokens
     assert outcomes[0].rounds != outcomes[1].rounds
 
