@@ -86,7 +86,7 @@ def read_adapter(folder: Path, hidden_size: int, dtype: torch.dtype, device: tor
     except (OSError, SafetensorError) as error:
         raise SourceError(f"{path} cannot be read: {first_line(error)}") from error
     shapes = {name: tuple(weight.shape) for name, weight in found.items()}
-    width, of_target = (*shapes.get("from_target.weight", ()), 0, 0)[:2]
+    width, of_target = (*shapes.get("from_target.weight", ()), 1, 1)[:2]  # whatever they are, they must go with the others
     with torch.device("meta"):
         weights = AdapterWeights(hidden_size, width, of_target, is_chained=_CHAIN in found)
     if shapes != {name: tuple(weight.shape) for name, weight in weights.state_dict().items()}:
