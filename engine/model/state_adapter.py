@@ -1,4 +1,4 @@
-"""What a drafter that is a model of its own can learn from the target's last state, which holds most of what the target will say next.
+"""What a drafter that is a model of its own can learn from the target's last state, which its own few layers cannot know.
 
 Behind the drafter's layers its own state h of the token at position t meets a state s of position t - 1: the target's, where the target has
 run that position, and otherwise, in a chained adapter, the one that came out of here one position earlier. Then the head reads
