@@ -291,7 +291,7 @@ def _measured(config: EngineConfig, target: Member, drafter: Member | None, how:
             "dtype": str(stack.dtype),
             "quantization": source.quantization,
             "attention": stack.attention.name,
-            "adapter": str(stack.adapter is not None),
+            "adapter": str(stack.adapter and stack.adapter.shape),
         }
         return pass_seconds(stack, key, how.cache_dir, how.recorder)
 
@@ -317,7 +317,8 @@ def _make_drafter(config: EngineConfig, member: Member | None, model: PagedModel
     if member is None or model is None:
         return NoDrafter()
     copying = Copying(kind.copying.doubt) if isinstance(kind, ModelDrafterConfig) and kind.copying else None
-    return ModelDrafter(model, shared.distributions, member.context_length, shared.rules, shared.policy, Aids(copying, shared.foresight))
+    aids = Aids(copying, shared.foresight, VERIFIERS[config.speculation.verification].numbers_are_by_round)
+    return ModelDrafter(model, shared.distributions, member.context_length, shared.rules, shared.policy, aids)
 
 
 def _let_go(models: ListLike[PagedModel]) -> None:
@@ -364,10 +365,12 @@ def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Pa
 
 
 def _warm_up(core: EngineCore) -> None:
-    """Run one short answer, so that the first client does not pay for lazy initialisation. Raises ConfigError where memory runs out."""
+    """Run two short answers, one that needs q and one that does not, so that the first client does not pay for lazy initialisation.
+    Raises ConfigError where memory runs out."""
     length = min(16, core.info.max_model_len - 1)
-    sampling = SamplingParams(max_tokens=min(4, core.info.max_model_len - length), temperature=1.0, is_seeded=True)
-    core.add(Request(id="warm-up", prompt_ids=(0,) * length, sampling=sampling, choices=(Choice(),)))
+    for is_seeded in (True, False):
+        sampling = SamplingParams(max_tokens=min(4, core.info.max_model_len - length), temperature=1.0, is_seeded=is_seeded)
+        core.add(Request(id=f"warm-up {is_seeded}", prompt_ids=(0,) * length, sampling=sampling, choices=(Choice(),)))
     while core.has_work:
         if any(delta.finish_reason is FinishReason.MEMORY for delta in core.step().deltas):
             raise ConfigError(f"Weights and KV cache leave no memory for a step: {ADVICE}.")

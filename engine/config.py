@@ -68,7 +68,7 @@ class ModelDrafterConfig(ModelSource):
     kind: Literal["model"] = "model"
     copying: CopyingConfig | None = Field(None, description="mix its rows with what followed the last tokens before; null: do not")
     target_states: bool = Field(
-        True, description="read the target's last state, if it has learnt to, for requests without a seed under the rule exact"
+        True, description="read the target's last state, if it has learnt to, for exact requests, greedy or without a seed"
     )
 
 

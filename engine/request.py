@@ -38,7 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0  # keep the most likely tokens that together reach this probability, in (0, 1]
     min_p: float = 0.0  # keep tokens at least this likely relative to the most likely one, in [0, 1]
     seed: int = 0  # 64 bits; a caller that was given none draws one
-    is_seeded: bool = False  # the client gave the seed: every position gets a drafter's row, see engine/README.md
+    is_seeded: bool = False  # the client gave the seed: what is sampled has a drafter's row at every position, see engine/README.md
     min_tokens: int = 0  # no stop token is emitted in front of that many others
     logit_bias: dict[int, float] = {}  # by token; added to logits
     repetition_penalty: float = 1.0  # positive; above 1 tokens of prompt and answer become less likely

@@ -67,11 +67,11 @@ class Sequence:
     def needs_q(self) -> bool:
         """Whether every position must have a drafter's row (where the drafter can give one at all).
 
-        True for seeded requests and for every rule but exact: their text may not depend on how many drafts the load allowed.
-        An unseeded exact request has the same law with and without the row, and at temperature 0 the same text.
+        True for sampled requests with a seed and for every rule but exact: their text may not depend on how many drafts the load
+        allowed. An exact request has the same law with and without the row, and the same text where it is greedy.
         """
         speculation, sampling = self.request.speculation, self.request.sampling
-        return speculation.enabled and (speculation.rule != "exact" or (sampling.is_seeded and sampling.temperature > 0))
+        return speculation.enabled and (speculation.rule != "exact" or (sampling.is_seeded and not sampling.is_greedy))
 
 
 def choice_key(seed: int, index: int) -> int:

@@ -223,7 +223,8 @@ class AdaptiveLength(FixedLength):
         sequence's first draft costs besides."""
         tokens, num_rows, drafter_seconds = self._round.tokens, self._round.num_rows, self._round.drafter_seconds
         seconds = self._target.at  # asked for every slot
-        best, best_rate = 0, _wanted(tokens) * tokens / (seconds(num_rows) + drafter_seconds) if tokens else 0.0  # one of each sequence
+        best, best_rate = 0, tokens / (seconds(num_rows) + drafter_seconds) if tokens else 0.0
+        wanted = _wanted(round(tokens)) if tokens else 1.0  # nothing is drafted so far, so there is a token of each sequence
         by_depth: dict[int, int] = {}
         for num, (survival, depth, late) in enumerate(slots, 1):
             tokens += survival
@@ -233,6 +234,8 @@ class AdaptiveLength(FixedLength):
                 by_depth[depth] = by_depth.get(depth, 0) + 1
                 drafter_seconds += self._call(by_depth[depth]) - before
             rate = tokens / (seconds(num_rows + num) + drafter_seconds)
+            if by_depth:  # what is foreseen, or looked up, is no promise of the drafter's
+                rate /= wanted
             if rate > best_rate:
                 best, best_rate = num, rate
         return best
@@ -315,7 +318,7 @@ class AdaptiveLength(FixedLength):
         return rates
 
 
-def _wanted(num_seqs: float) -> float:
+def _wanted(num_seqs: int) -> float:
     """How much more than none drafts must promise: nothing more for one sequence, whose few promises are seen all the time."""
     return 1 + _MARGIN * (1 - 1 / num_seqs)
 

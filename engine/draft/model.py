@@ -21,7 +21,7 @@ from engine.model.attention import Segment
 from engine.model.paged import PagedModel
 from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
 from engine.sampling.distributions import Distributions
-from engine.sampling.draws import Purpose, draw, uniforms
+from engine.sampling.draws import Purpose, draw, keys_of_round, uniforms
 from engine.sequence import Sequence
 from engine.transfer import to_device
 
@@ -147,6 +147,7 @@ class Aids:
 
     copying: Copying | None = None
     foresight: Foresight = field(default_factory=NoForesight)
+    numbers_are_by_round: bool = False  # as the Verifier's
 
 
 class ModelDrafter:
@@ -154,7 +155,7 @@ class ModelDrafter:
 
     With an adapter it reads the target's last state of the round before, for requests that need no row q at every position. Such a row says
     more and depends on where rounds began, which is free where pi = p: the law of the text is the target's whatever q is. Where the text
-    may not depend on rounds, with a seed or under a cascade, rows come from the text alone.
+    may not depend on rounds, sampled with a seed or under a cascade, rows come from the text alone.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class ModelDrafter:
         aids = aids or Aids()
         self._copying = aids.copying
         self._foresight = aids.foresight
+        self._numbers_are_by_round = aids.numbers_are_by_round
         self._adapter = model.stack.adapter
         self._known: dict[Sequence, tuple[int, Tensor]] = {}  # the target's state in front of the last of so many tokens
         self._policy = policy
@@ -209,9 +211,9 @@ class ModelDrafter:
     def observe(self, plan: StepPlan, verdict: Verdict, states: Tensor | None) -> None:
         """Keep the target's states for the next round. The scheduler moves the watermark back."""
         if states is not None:
-            for chunk, state in zip(plan.completing, states, strict=True):
-                if not chunk.seq.needs_q:
-                    self._known[chunk.seq] = len(chunk.seq.tokens), state.to(self._model.stack.dtype)
+            for chunk, state in zip(plan.completing, states.to(self._model.stack.dtype), strict=True):
+                if chunk.seq.request.speculation.enabled and not chunk.seq.needs_q:
+                    self._known[chunk.seq] = len(chunk.seq.tokens), state
 
     def forget(self, seq: Sequence) -> None:
         self._known.pop(seq, None)
@@ -288,7 +290,11 @@ class ModelDrafter:
         first = to_device([len(d.seq.tokens) for d in emitting], device, torch.long).view(-1, 1)
         table = _Table(
             drafts=emitting,
-            numbers=uniforms(keys, first + torch.arange(longest + 1, device=device), Purpose.DRAFT),
+            numbers=uniforms(
+                keys_of_round(keys, first) if self._numbers_are_by_round else keys,
+                first + torch.arange(longest + 1, device=device),
+                Purpose.DRAFT,
+            ),
             ids=torch.zeros(len(emitting), longest + 1, dtype=torch.long, device=device),
             probs=torch.zeros(shape, dtype=dtype, device=device),
             logits=torch.zeros(shape, dtype=dtype, device=device) if is_read else None,
@@ -298,7 +304,7 @@ class ModelDrafter:
         return table
 
     def _first(self, seq: Sequence) -> _Before | None:
-        """What there is to be read for a round's first row. A sequence that was seeded, or was taken up again elsewhere, has nothing."""
+        """What there is to be read for a round's first row. One that needs q, or was taken up again elsewhere, has nothing."""
         num_tokens, state = self._known.get(seq, (0, None))
         return _Before(num_tokens, state, is_targets=True) if state is not None and num_tokens == len(seq.tokens) else None
 

@@ -52,7 +52,8 @@ class StateAdapter(nn.Module):
 
     def __init__(self, weights: AdapterWeights, kind: LinearKind = AS_THEY_ARE):
         super().__init__()
-        self.hidden_size, self.target_hidden_size = weights.own.in_features, weights.from_target.in_features
+        self.target_hidden_size = weights.from_target.in_features
+        self.shape = tuple(tuple(weight.shape) for weight in weights.parameters())
         self._from_target = kind.make(joined_inputs(weights.own, weights.from_target), UNKNOWN)
         chain = weights.from_drafter
         self._from_drafter = None if chain is None else kind.make(joined_inputs(weights.own, chain), UNKNOWN)

@@ -41,6 +41,14 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def keys_of_round(keys: Tensor, starts: Tensor) -> Tensor:
+    """Keys [N] of numbers that are one round's own, from those of sequences and the positions [N] at which their rounds begin.
+
+    For whoever looks at a number and may not use it up: at that position the next round needs one that nothing is known of.
+    """
+    return _mix(keys ^ _mix(starts * 4 * _GAMMA + _GAMMA))
+
+
 def uniforms(keys: Tensor, positions: Tensor, purpose: Purpose) -> Tensor:
     """Uniform numbers in [0, 1), float64, for int64 keys and positions, broadcast together. Every float64 is a multiple of 2^-53."""
     counter = positions * 4 + int(purpose)

@@ -19,7 +19,9 @@ class InitConfig(Section):
         "target", description="target: the target's own where it is as wide, else its directions of largest variance; or random"
     )
     drafter: str | None = Field(
-        None, min_length=1, description="folder of a drafter of this shape, to train further; its vocabulary stays, the rest is ignored"
+        None,
+        min_length=1,
+        description="folder of a drafter of this shape, to train further; a vocabulary of its size stays, the rest is ignored",
     )
     from_target_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="one layer of the target for each of the drafter's")
 

@@ -241,7 +241,12 @@ def card(student: Student, history: History, passes: Passes) -> str:
 def _history_of(folder: str | None) -> Any:
     """How the drafter that this one began with came about, and the one before that; None where there was none, or nobody knows."""
     path = Path(folder, HISTORY) if folder else None
-    return json.loads(path.read_text("utf-8")) if path and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return {"unreadable": HISTORY}  # minutes of training are not lost for it
 
 
 def _behind_target(scores: dict[str, Any]) -> list[str]:
@@ -251,14 +256,14 @@ def _behind_target(scores: dict[str, Any]) -> list[str]:
     return [
         "### With the target's state",
         "",
-        "Where it may read the target's last state (requests without a seed under the rule exact), over all prompts: the first draft of a",
+        "Where it may read the target's last state (exact requests, greedy or without a seed), over all prompts: the first draft of a",
         "row reads the target's, the next ones its own; drafts that are not here are from the text alone.",
         "",
         "| draft | tokens | temperature 1 | temperature 0 | loss |",
         "| --- | --- | --- | --- | --- |",
         *(
             f"| {name.removeprefix('draft ')} | {s['num_tokens']:,} | {s['acceptance']:.3f} | {s['agreement']:.3f} | {s['loss']:.3f} |"
-            for name, s in sorted(scores.items())
+            for name, s in sorted(scores.items(), key=lambda item: int(item[0].removeprefix("draft ")))
         ),
         "",
     ]

@@ -19,6 +19,7 @@ from engine.errors import ConfigError, EngineError
 from engine.model.linear import UNKNOWN, LinearKind
 from engine.model.loader import load, quiet_transformers, require_supported
 from engine.model.source import first_line
+from engine.model.state_adapter import FILE as ADAPTER_FILE
 from engine.model.state_adapter import AdapterWeights, read_adapter
 from engine.train.batches import Batch
 from engine.train.config import DrafterShape, Learns
@@ -181,6 +182,10 @@ def new_adapter(shape: DrafterShape, target_hidden_size: int, seed: int) -> Adap
     """What the shape says of an adapter, in float32 on the CPU: that of `init.drafter` where it has one. Raises ConfigError."""
     asked = shape.state_adapter
     if asked is None:
+        if shape.init.drafter and (Path(shape.init.drafter) / ADAPTER_FILE).is_file():
+            raise ConfigError(
+                f"drafter.state_adapter: null - {shape.init.drafter!r} has one, which would be lost; say its width and drafts"
+            )
         return None
     torch.manual_seed(seed)
     weights = AdapterWeights(shape.hidden_size, asked.width, target_hidden_size, is_chained=asked.drafts > 1)

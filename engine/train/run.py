@@ -135,6 +135,9 @@ def _student(config: DistilConfig, target: Any, examples: Sequence[Example], end
     number, earlier = shape.draft_vocabulary, None
     if shape.init.drafter is not None:
         earlier = read_draft_ids(Path(shape.init.drafter), model.config.vocab_size)
+    num_earlier = None if earlier is None else len(earlier)
+    if config.training.learns == "adapter" and num_earlier != number:
+        raise ConfigError(f"drafter.draft_vocabulary: {number} - must be that of the drafter that stays as it is, which is {num_earlier}")
     if number is None:
         ids = None
     elif earlier is not None and len(earlier) == number:

@@ -5,6 +5,9 @@ the longest prefix that passes stands, and what follows is drawn from what its d
 token verification needs one a sequence, and how a position is decided depends on where it stands in its window: so the text of a seed is
 not the same at every draft length, only its law is.
 
+Numbers are each round's own. That a draft did not stand says something of all coins behind it, and of the drafts: used again at the same
+positions they would no longer be uniform, and the next round would follow another law.
+
 Source: Sun, Mendlovic, Leviathan, Aharoni, Ro, Beirami and Suresh, "Block Verification Accelerates Speculative Decoding" (2025),
 https://arxiv.org/abs/2403.10444, with pi_i = T(q_i, p_i) of a cascade in place of p_i: pi depends on the prefix alone.
 """
@@ -22,6 +25,8 @@ from engine.verify.window import Window
 
 class BlockVerifier(Verifier):
     """Verifies each window as a whole. i counts drafts that stand, b_i is what is left of their weight, h_i the chance that i pass."""
+
+    numbers_are_by_round = True
 
     def _decide(self, window: Window, pi: Mixture) -> tuple[Tensor, Tensor, Tensor]:
         pi_rows, q_rows = pi.full(window.everywhere), window.q_rows(window.everywhere)

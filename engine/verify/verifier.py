@@ -29,6 +29,8 @@ from engine.verify.window import Window
 class Verifier:
     """Verifies the windows of all completing chunks together, each row by its own request's rule and numbers."""
 
+    numbers_are_by_round = False  # a drafter must draw with the same
+
     def __init__(self, rules: Mapping[str, Rule]):
         self._rules = rules
 
@@ -37,7 +39,7 @@ class Verifier:
         """`p` and `rows` are of the verify windows, R = sum of (K_b + 1), in the order of `drafts`."""
         if not drafts.lengths:
             return Verdict((), (), (), (), ())
-        window = Window(drafts, p, rows)
+        window = Window(drafts, p, rows, self.numbers_are_by_round)
         pi = Mixture(window, self._rules)
         num_accepted, token, is_drafted = self._decide(window, pi)
         deferred, lossy = self._judge(window, pi, num_accepted)

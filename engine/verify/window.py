@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from engine.plan import DraftBatch, QKind, RowBatch, Rows
 from engine.request import SamplingParams
-from engine.sampling.draws import Purpose, uniforms
+from engine.sampling.draws import Purpose, keys_of_round, uniforms
 from engine.transfer import to_device
 
 
@@ -23,6 +23,7 @@ class Window:
     drafts: DraftBatch
     p: Rows
     rows: RowBatch
+    is_by_round: bool = False  # whether numbers are the round's own
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +100,8 @@ class Window:
         return [row for row, (b, j) in enumerate(self.index) if (self.kinds[row] is QKind.DENSE) == is_dense and j < self.drafts.lengths[b]]
 
     def uniforms(self, purpose: Purpose, rows: Tensor) -> Tensor:
-        return uniforms(self._known[4][rows], self._known[5][rows], purpose)
+        keys, positions = self._known[4][rows], self._known[5][rows]
+        return uniforms(keys_of_round(keys, positions - self.offsets[rows]) if self.is_by_round else keys, positions, purpose)
 
     def padded(self, flags: Tensor) -> Tensor:
         """[R] to [B, K + 1], False behind the end of a window."""

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from engine.sampling.draws import Purpose, draw, favourites, uniforms
+from engine.sampling.draws import Purpose, draw, favourites, keys_of_round, uniforms
 from engine.sequence import choice_key
 from tests.reference import uniform
 
@@ -35,6 +35,7 @@ def test_numbers_are_uniform_and_uncorrelated() -> None:
     along = {
         "positions": uniforms(keys, torch.arange(num), Purpose.DRAFT),
         "seeds": uniforms(torch.tensor([choice_key(s, 0) for s in range(num)]), torch.zeros(num, dtype=torch.long), Purpose.DRAFT),
+        "rounds": uniforms(keys_of_round(keys, torch.arange(num)), torch.full((num,), num), Purpose.DRAFT),
         "choices": uniforms(torch.tensor([choice_key(0, c) for c in range(num)]), torch.zeros(num, dtype=torch.long), Purpose.DRAFT),
     }
     other = uniforms(keys, torch.arange(num), Purpose.ACCEPT)
@@ -42,7 +43,8 @@ def test_numbers_are_uniform_and_uncorrelated() -> None:
     for u in along.values():
         assert abs(u.mean() - 0.5) < 5 * standard_error * 12**-0.5
         assert abs(torch.corrcoef(torch.stack([u[1:], u[:-1]]))[0, 1]) < 5 * standard_error
-    assert abs(torch.corrcoef(torch.stack([along["positions"], other]))[0, 1]) < 5 * standard_error
+    for one in (along["positions"], along["rounds"]):
+        assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 5 * standard_error
 
 
 def test_draw_is_the_inverse_cdf() -> None:

@@ -55,6 +55,21 @@ def test_what_is_forced_takes_a_slot_however_dear_the_drafter_is() -> None:
     assert length_of(policy(Told(num_forced=5), target={1: 1.0, 2: 3.0, 8: 30.0}), seq) == 0, "nor is a row free"
 
 
+def test_among_many_a_drafter_must_promise_some_per_cent_and_what_is_forced_nothing() -> None:
+    """One sequence of 64 has something to draft: the 1.5 per cent that it may bring are worth a row if they are certain."""
+    seqs = sequences(64)
+
+    class OneTold(Told):
+        def applies(self, seq: Sequence) -> bool:
+            return seq is seqs[0]
+
+    rows = {64: 1.0, 96: 1.1}
+    limits = [8, *[0] * 63]
+    assert policy(OneTold(num_forced=1), target=rows).lengths(seqs, limits, BUDGET, 64)[0] == 1
+    assert policy(Told(), call=1e-6, target=rows).lengths(seqs, limits, BUDGET, 64)[0] == 0
+    assert policy(Told(), call=1e-6, target=rows).lengths(seqs[:1], limits[:1], BUDGET, 1)[0] == 8, "alone it has nothing to make up for"
+
+
 def test_behind_what_is_forced_a_drafter_that_pays_goes_on() -> None:
     (seq,) = sequences(1)
     assert length_of(policy(Told(num_forced=3), call=0.02), seq) == 8

@@ -24,7 +24,7 @@ from engine.verify.mixture import Mixture
 from engine.verify.verifier import Verifier
 from engine.verify.window import Window
 from tests.reference import NEEDS_NO_Q, Pair, Row, answer, pi_of, processed, softmax
-from tests.tiny import TEST_RULES, Setup, drive, make_core, naive_drafter, naive_target
+from tests.tiny import TEST_RULES, VOCAB, Setup, drive, make_core, naive_drafter, naive_target
 from tests.verify.requests import RULES
 
 
@@ -381,6 +381,40 @@ def check_law(
     freedom = len(expected) - len(rare)
     assert freedom >= 4
     assert chi2 < freedom + 4.5 * (2 * freedom) ** 0.5  # exceeded by chance about once in 100,000
+
+
+@pytest.mark.parametrize("verification", ENUMERATIONS)
+@pytest.mark.parametrize("is_seeded", [True, False])
+def test_later_rounds_follow_the_law_too(verification: Literal["token", "block"], is_seeded: bool) -> None:
+    """Chi-square of the token at each place: rounds begin wherever drafts fell, with numbers that the rounds before may have looked at."""
+    num, num_tokens, head = 9000, 4, (1, 2, 3, 1, 2)
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, top_k=4, seed=1, is_seeded=is_seeded)
+    core = make_core(
+        Setup(
+            drafted=tuple(range(0, VOCAB, 2)),  # drafts fall often
+            policy=FixedLengthConfig(max=3),
+            verification=verification,
+            num_blocks=1500,
+            max_sequences=300,
+            max_step_tokens=3000,
+        )
+    )
+    seen: list[Counter[int]] = [Counter() for _ in range(num_tokens)]
+    for first in range(0, num, 300):
+        request = Request(id="x", prompt_ids=head, sampling=sampling, choices=tuple(Choice(i) for i in range(first, first + 300)))
+        for tokens in drive(core, [request]).tokens.values():
+            for place, token in enumerate(tokens):
+                seen[place][token] += 1
+    texts: dict[tuple[int, ...], float] = {(): num}
+    for found in seen:
+        rows = {text: processed(naive_target().logits([*head, *text]), sampling) for text in texts}
+        texts = {(*text, x): e * p for text, e in texts.items() for x, p in enumerate(rows[text]) if p}
+        expected = defaultdict[int, float](float)
+        for text, e in texts.items():
+            expected[text[-1]] += e
+        common = [x for x, e in expected.items() if e >= 5]
+        chi2 = sum((found[x] - expected[x]) ** 2 / expected[x] for x in common)
+        assert chi2 < len(common) + 4.5 * (2 * len(common)) ** 0.5
 
 
 def test_the_oracle_itself_is_seeded_by_choice() -> None:

@@ -4,9 +4,10 @@ rounds, and what it emits has the target's law all the same."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from engine.draft.model import ModelDrafter
 from engine.plan import DraftBatch, StepPlan
 from engine.request import Request, SamplingParams, SpeculationParams
 from engine.sequence import Sequence
+from tests.recording import CallingRecorder, FixedGather
 from tests.tiny import VOCAB, Setup, adapter_weights, drafter_model, drive, make_core, naive_target, target_model
 from tests.verify.requests import greedy, prompt
 
@@ -26,6 +28,10 @@ READING = Setup(drafter="model", reads_states="all", policy=FixedLengthConfig(ma
 def sampled(number: int, is_seeded: bool = False, num_tokens: int = 8, rule: str = "exact") -> Request:
     sampling = SamplingParams(max_tokens=num_tokens, temperature=1.0, seed=number, is_seeded=is_seeded)
     return Request(id=str(number), prompt_ids=prompt(3), sampling=sampling, speculation=SpeculationParams(rule=rule, alpha=0.3))
+
+
+def scored(request: Request) -> Request:
+    return msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, num_prompt_logprobs=1))
 
 
 @dataclass
@@ -68,12 +74,18 @@ def naive_rows(text: tuple[int, ...], drafts: list[int], reads_target: bool, is_
     return torch.stack(rows)
 
 
+RECORDED = Setup(recorder=CallingRecorder(), attention=FixedGather())
+
+
+@pytest.mark.parametrize("setup", [Setup(), RECORDED], ids=["launched", "recorded"])
 @pytest.mark.parametrize("reads", ["first", "all"])
-def test_rows_are_those_of_the_naive_forward(reads: Literal["first", "all"], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mixed batches: requests that read states beside ones that do not, some of which are taken up again after a preemption."""
-    core = make_core(Setup(drafter="model", reads_states=reads, policy=FixedLengthConfig(max=3), num_blocks=14, block_size=2))
+def test_rows_are_those_of_the_naive_forward(reads: Literal["first", "all"], setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed batches: requests that read states beside ones that do not, some of which are taken up again after a preemption, and some of
+    which want rows of their prompts, too."""
+    core = make_core(replace(setup, reads_states=reads, policy=FixedLengthConfig(max=3), num_blocks=14, block_size=2))
     proposals = Proposals.of(core, monkeypatch)
     requests = [sampled(i, is_seeded=i % 3 == 0, rule=("exact", "token_v3")[i % 4 == 1]) for i in range(16)]
+    requests += [scored(sampled(i)) for i in range(16, 20)]
     outcome = drive(core, requests)
     assert sum(step.num_preemptions for step in outcome.steps) > 0
     num = Counter[bool]()
@@ -92,7 +104,8 @@ def test_a_seeded_request_and_a_cascade_draft_from_the_text_alone() -> None:
     assert texts[0].rounds == texts[1].rounds
 
 
-def test_what_is_emitted_has_the_targets_law() -> None:
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_what_is_emitted_has_the_targets_law(verification: Literal["token", "block"]) -> None:
     """The third token behind a prompt, over all first two: drafted and verified in rounds that begin wherever drafts fell."""
     start = list(prompt(3))
 
@@ -103,7 +116,9 @@ def test_what_is_emitted_has_the_targets_law() -> None:
     want = sum(first[a] * row(a)[b] * row(a, b) for a in range(VOCAB) for b in range(VOCAB))
     assert isinstance(want, torch.Tensor)
     number = 3000
-    outcome = drive(make_core(READING), [sampled(i, num_tokens=3) for i in range(number)], max_steps=10**5)
+    outcome = drive(
+        make_core(replace(READING, verification=verification)), [sampled(i, num_tokens=3) for i in range(number)], max_steps=10**5
+    )
     got = torch.bincount(torch.tensor([tokens[2] for tokens in outcome.tokens.values()]), minlength=VOCAB)
     common = want * number >= 5
     statistic = ((got - want * number)[common].square() / (want * number)[common]).sum()
