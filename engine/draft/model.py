@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.draft.copying import Copying
 from engine.draft.foresight import NoForesight
 from engine.draft.ngram import Window, batch_of
+from engine.draft.target_states import TargetStates
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
 from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
@@ -24,15 +25,6 @@ from engine.sampling.distributions import Distributions
 from engine.sampling.draws import Purpose, draw, keys_of_round, uniforms
 from engine.sequence import Sequence
 from engine.transfer import to_device
-
-
-@dataclass(frozen=True, slots=True)
-class _Before:
-    """The state one position in front of a row, which an adapter reads beside the drafter's own."""
-
-    position: int  # that the row is for
-    state: Tensor  # [hidden]
-    is_targets: bool  # else it came out of the adapter
 
 
 @dataclass(eq=False, slots=True)
@@ -52,7 +44,6 @@ class _Draft:
     num_late: int = 0  # tokens that were caught up with
     predicted_mask: int = 0  # bit i: draft i comes from the request's prediction
     confidences: list[float] = field(default_factory=list)  # of its rows, if the policy reads them
-    before: _Before | None = None
 
     @property
     def seq(self) -> Sequence:
@@ -173,8 +164,7 @@ class ModelDrafter:
         self._copying = aids.copying
         self._foresight = aids.foresight
         self._numbers_are_by_round = aids.numbers_are_by_round
-        self._adapter = model.stack.adapter
-        self._known: dict[Sequence, tuple[int, Tensor]] = {}  # the target's state in front of the last of so many tokens
+        self._target_states = TargetStates(model.stack.adapter) if model.stack.adapter else None
         self._policy = policy
         self._reading_q = frozenset(name for name, rule in rules.items() if rule.needs_q)
         self._distributions = distributions
@@ -182,7 +172,7 @@ class ModelDrafter:
 
     @property
     def reads_states(self) -> bool:
-        return self._adapter is not None
+        return self._target_states is not None
 
     @torch.inference_mode()
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
@@ -201,8 +191,6 @@ class ModelDrafter:
             draft.row = row
         table = self._new_table(emitting, ready)
         if ready:
-            for draft in ready:
-                draft.before = self._first(draft.seq)
             self._store(table, ready, states)
         while left > 0 and (drafting := [d for d in ready if d.wants_draft()]):
             left -= self._extend(table, drafting[:left])
@@ -210,13 +198,12 @@ class ModelDrafter:
 
     def observe(self, plan: StepPlan, verdict: Verdict, states: Tensor | None) -> None:
         """Keep the target's states for the next round. The scheduler moves the watermark back."""
-        if states is not None:
-            for chunk, state in zip(plan.completing, states.to(self._model.stack.dtype), strict=True):
-                if chunk.seq.request.speculation.enabled and not chunk.seq.needs_q:
-                    self._known[chunk.seq] = len(chunk.seq.tokens), state
+        if self._target_states is not None and states is not None:
+            self._target_states.observe(plan, states.to(self._model.stack.dtype))
 
     def forget(self, seq: Sequence) -> None:
-        self._known.pop(seq, None)
+        if self._target_states is not None:
+            self._target_states.forget(seq)
         self._foresight.forget(seq)
         if self._copying is not None:
             self._copying.forget(seq)
@@ -303,32 +290,11 @@ class ModelDrafter:
             table.write(draft, 0)
         return table
 
-    def _first(self, seq: Sequence) -> _Before | None:
-        """What there is to be read for a round's first row. One that needs q, or was taken up again elsewhere, has nothing."""
-        num_tokens, state = self._known.get(seq, (0, None))
-        return _Before(num_tokens, state, is_targets=True) if state is not None and num_tokens == len(seq.tokens) else None
-
-    def _adapted(self, drafts: list[_Draft], states: Tensor) -> Tensor:
-        """The drafter's states [N, hidden] with what those in front of them tell, where there are such."""
-        if self._adapter is None:
-            return states
-        befores = [d.before if d.before is not None and d.before.position == d.position else None for d in drafts]
-        for is_targets in (True, False):
-            known = {i: before.state for i, before in enumerate(befores) if before is not None and before.is_targets is is_targets}
-            if len(known) == len(drafts):
-                states = self._adapter(states, torch.stack(list(known.values())), is_targets)
-            elif known:
-                which = to_device(list(known), states.device, torch.long)
-                adapted = self._adapter(states.index_select(0, which), torch.stack(list(known.values())), is_targets)
-                states = states.index_copy(0, which, adapted)
-        for draft, before, state in zip(drafts, befores, states, strict=True):
-            is_read = before is not None and self._adapter.is_chained
-            draft.before = _Before(draft.position + 1, state, is_targets=False) if is_read else None
-        return states
-
     def _store(self, table: _Table, drafts: list[_Draft], states: Tensor) -> None:
         """Turn last states [N, hidden] into the next row q of each of N drafts."""
-        logits, total = self._model.logits(self._adapted(drafts, states)), None
+        if self._target_states is not None:
+            states = self._target_states.read([d.seq for d in drafts], [d.position for d in drafts], states)
+        logits, total = self._model.logits(states), None
         if self._copying is not None:
             logits, total = self._copying.mixed(logits, [d.seq for d in drafts], [d.ids for d in drafts])
         batch = RowBatch(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.model.loader import quiet_transformers
+from engine.model.loader import load, quiet_transformers
 from engine.train.config import DistilConfig
 from engine.train.data import Material, Turns
 from engine.train.run import Watch, make_data
+from engine.train.shards import Example, read_shard
 from tests.server.conftest import TEMPLATE, build_tokenizer
 from tests.tiny import tiny_config
 
@@ -91,3 +92,13 @@ def shards(target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     """Data of the recipe as it stands."""
     content = recipe_content(target, tmp_path_factory.mktemp("made"))
     return make_data(DistilConfig.model_validate(content), MATERIAL, Watch())
+
+
+@pytest.fixture(scope="module")
+def model(target: Path) -> Any:
+    return load(target, torch.float64, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def examples(shards: list[Path]) -> list[Example]:
+    return read_shard(shards[0])

@@ -16,28 +16,17 @@ import torch
 import yaml
 
 from engine.errors import ConfigError
-from engine.model.loader import load
 from engine.train.batches import collate, passes
 from engine.train.config import DistilConfig, DrafterShape, TrainingConfig
 from engine.train.distil import Distillation, Examples, Report, learning_rate
 from engine.train.losses import Loss
 from engine.train.models import Student, TargetTeacher, frequent_ids, new_drafter
 from engine.train.run import Watch, distil
-from engine.train.shards import Example, read_shard
+from engine.train.shards import Example
 from tests.train.conftest import MATERIAL, VOCAB, Recipe, recipe_content
 
 CPU = torch.device("cpu")
 SHAPE = DrafterShape(hidden_size=8, num_layers=1, num_heads=2, intermediate_size=16)
-
-
-@pytest.fixture(scope="module")
-def model(target: Path) -> Any:
-    return load(target, torch.float64, CPU)
-
-
-@pytest.fixture(scope="module")
-def examples(shards: list[Path]) -> list[Example]:
-    return read_shard(shards[0])
 
 
 def training(loss: Loss = "kl") -> TrainingConfig:

@@ -11,27 +11,16 @@ import torch
 from pydantic import ValidationError
 
 from engine.errors import ConfigError
-from engine.model.loader import load
 from engine.model.state_adapter import AdapterWeights, read_adapter
 from engine.train.batches import collate, passes
 from engine.train.config import DistilConfig
 from engine.train.distil import Distillation, Examples, Report
 from engine.train.models import Adapter, Student, TargetTeacher, new_drafter
-from engine.train.shards import Example, read_shard
+from engine.train.shards import Example
 from tests.train.conftest import Recipe
 from tests.train.test_distil import CPU, SHAPE, lines, naive_rows, train, training, weights
 
 NUM_DRAFTS = 3
-
-
-@pytest.fixture(scope="module")
-def model(target: Path) -> Any:
-    return load(target, torch.float64, CPU)
-
-
-@pytest.fixture(scope="module")
-def examples(shards: list[Path]) -> list[Example]:
-    return read_shard(shards[0])
 
 
 @pytest.fixture

@@ -140,4 +140,5 @@ def test_nothing_is_kept_of_a_sequence_that_ended() -> None:
     core = make_core(READING)
     drive(core, [sampled(i) for i in range(3)])
     assert isinstance(core._parts.drafter, ModelDrafter)
-    assert not core._parts.drafter._known
+    assert core._parts.drafter._target_states is not None
+    assert not core._parts.drafter._target_states._before
