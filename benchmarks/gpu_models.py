@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.programs import EngineProgram
-from engine.build import Costs, Extras, Member, assemble
+from engine.build import Costs, Extras, assemble
 from engine.config import (
     EngineConfig,
     FixedLengthConfig,
@@ -41,6 +41,7 @@ from engine.model.attention_choice import choose_attention
 from engine.model.layer_math import LayerMath
 from engine.model.linear import AS_THEY_ARE, LinearKind
 from engine.model.loader import quiet_transformers
+from engine.model.member import Member
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
 from engine.model.triton_layer import choose_layer_math

@@ -14,7 +14,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.gpu_models import Asked, Ids, Models, Shape, program_of
 from benchmarks.programs import EngineProgram
 from benchmarks.turns import Turns
-from engine.build import Member
+from engine.model.member import Member
 from engine.request import Request, SamplingParams
 
 

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.build import plan_memory
 from engine.config import EngineConfig
-from engine.model.budget import ON_CPU
+from engine.model.budget import ON_CPU, plan_memory
 from engine.model.loader import end_token_ids, read_config
 from engine.model.source import resolve
 from engine.request import FinishReason, Request, TokenDelta

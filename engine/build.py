@@ -23,7 +23,6 @@ from engine.config import (
     ModelSource,
     NGramDrafterConfig,
     NoDrafterConfig,
-    RuntimeConfig,
 )
 from engine.core import EngineCore, Parts
 from engine.draft.adaptive import AdaptiveLength
@@ -40,23 +39,17 @@ from engine.errors import ConfigError
 from engine.grammar.automaton import Automata, Vocabulary
 from engine.grammar.masks import GrammarMasks
 from engine.kv.block_pool import BlockPool
-from engine.model.attention import AttentionKind, AttentionShape
-from engine.model.attention_choice import choose_attention
 from engine.model.borrowed import lender_of
-from engine.model.budget import Footprint, kv_budget
+from engine.model.budget import Footprint, kv_budget, plan_memory, require_memory
 from engine.model.cuda_graphs import recorder_of
-from engine.model.draft_vocabulary import read_draft_ids
 from engine.model.graphs import Bound, Passes, Recorder
-from engine.model.linear import choose
-from engine.model.loader import PairMember, check_pair, context_length, end_token_ids, load, read_config, resolve_device, resolve_dtype
-from engine.model.memory import ADVICE, available_bytes, is_out_of_memory, let_go
+from engine.model.loader import check_pair, read_config
+from engine.model.member import Member, load_member, pair_member, refuse_early
+from engine.model.memory import ADVICE, is_out_of_memory, let_go
 from engine.model.paged import PagedModel, kv_bytes_per_token, rows_run
 from engine.model.runner import ModelRunner
-from engine.model.source import Progress, default_cache_dir, fetch_config, first_line, locate, resolve, silent
-from engine.model.stack import DecoderStack
-from engine.model.state_adapter import StateAdapter, read_adapter
+from engine.model.source import Progress, default_cache_dir, first_line, resolve, silent
 from engine.model.timing import pass_seconds
-from engine.model.triton_layer import choose_layer_math
 from engine.plan import Drafter, DraftLengthPolicy, Foresight, LogitsProcessor, Rule
 from engine.request import Choice, FinishReason, Request, SamplingParams
 from engine.sampling.distributions import Distributions
@@ -69,16 +62,6 @@ from engine.verify.verifier import Verifier
 
 _DRAFTER_WINDOW = 2  # tokens of a sequence in a pass of the drafter: a draft, and in front of it the one token that it lags by
 VERIFIERS = {"token": Verifier, "block": BlockVerifier}
-
-
-@dataclass(frozen=True)
-class Member:
-    """A loaded model of the pair."""
-
-    stack: DecoderStack
-    context_length: int
-    path: Path  # folder with tokenizer and configs
-    end_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,42 +86,6 @@ class Extras:
     progress: Progress = silent
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What the KV cache holds."""
-
-    bytes_per_token: int  # in all layers of target and drafter
-    num_blocks: int
-    max_model_len: int
-
-
-def plan_memory(config: RuntimeConfig, bytes_per_token: int, model_context: int, kv_bytes: int) -> MemoryPlan:
-    """Blocks that fit into `kv_bytes`, and the context that can be served: the smaller of model, pool and `max_model_len`.
-
-    Raises ConfigError where not even one block fits, or where a `max_model_len` was asked for that cannot be served.
-    """
-    block_bytes = bytes_per_token * config.block_size
-    num_blocks = kv_bytes // block_bytes
-    if num_blocks < 1:
-        raise ConfigError(f"engine.kv_cache: {kv_bytes} bytes - must be at least {block_bytes}, the size of one block")
-    served = min(model_context, num_blocks * config.block_size)
-    asked = config.max_model_len
-    if asked is not None and asked > served:
-        why = f"the model's context is {model_context}" if model_context < asked else "engine.kv_cache holds no more; raise it"
-        raise ConfigError(f"engine.max_model_len: {asked} - must be at most {served}: {why}")
-    return MemoryPlan(bytes_per_token, num_blocks, served if asked is None else asked)
-
-
-def require_memory(kv_bytes: int, device: torch.device) -> None:
-    """Refuse a KV cache that the device has no room for. Raises ConfigError."""
-    free = available_bytes(device)
-    if free is not None and kv_bytes > free:
-        raise ConfigError(
-            f"engine.kv_cache: {kv_bytes / 2**30:.1f} GiB - must be at most {free / 2**30:.1f} GiB, "
-            f"what {device} has free beside the weights"
-        )
-
-
 def build(config: EngineConfig, progress: Progress = silent, cache_dir: Path | None = None) -> EngineCore:
     """Load everything, warm up, and return an engine that is ready. Raises ConfigError and its kin."""
     try:
@@ -154,14 +101,14 @@ def _build(config: EngineConfig, progress: Progress, cache_dir: Path | None) -> 
         torch.set_num_threads(config.engine.threads)
     drafter_source = config.model.drafter if isinstance(config.model.drafter, ModelDrafterConfig) else None
     for source in filter(None, (config.model.target, drafter_source)):
-        _refuse_early(source)
+        refuse_early(source)
     target_path = resolve(config.model.target, cache_dir, progress)
     drafter_path = resolve(drafter_source, cache_dir, progress) if drafter_source else None
     if drafter_source and drafter_path:  # before minutes are spent on weights
         lender_of(read_config(drafter_path), drafter_path, cache_dir, progress)
-        check_pair(_pair_member(config.model.target, target_path), _pair_member(drafter_source, drafter_path))
-    target = _load(config.model.target, target_path, config.engine, cache_dir, progress)
-    drafter = _load(drafter_source, drafter_path, config.engine, cache_dir, progress) if drafter_source and drafter_path else None
+        check_pair(pair_member(config.model.target, target_path), pair_member(drafter_source, drafter_path))
+    target = load_member(config.model.target, target_path, config.engine, cache_dir, progress)
+    drafter = load_member(drafter_source, drafter_path, config.engine, cache_dir, progress) if drafter_source and drafter_path else None
     recorder = recorder_of(config.engine.cuda_graphs, target.stack.device)
     progress("Warming up")
     costs = _measured(config, target, drafter, _Measuring(cache_dir or default_cache_dir(), recorder))
@@ -331,37 +278,6 @@ def _let_go(models: ListLike[PagedModel]) -> None:
 def _drafter_name(config: EngineConfig) -> str:
     drafter = config.model.drafter
     return f"model:{drafter.source}" if isinstance(drafter, ModelDrafterConfig) else drafter.kind
-
-
-def _pair_member(source: ModelSource, path: Path) -> PairMember:
-    return PairMember(source.source, path, read_config(path).vocab_size)
-
-
-def _refuse_early(source: ModelSource) -> None:
-    """Read a hub model's config before its weights are fetched: gigabytes may take an hour, a refusal should not."""
-    if locate(source) is None:
-        folder = fetch_config(source)
-        if folder is not None:
-            read_config(folder)
-
-
-def _load(source: ModelSource, path: Path, runtime: RuntimeConfig, cache_dir: Path | None, progress: Progress) -> Member:
-    config, device = read_config(path), resolve_device(runtime.device)
-    dtype = resolve_dtype(source.dtype, device, config)
-    kind = choose(source.quantization, dtype, device)
-    progress(f"Loading {path.name} as {str(dtype).removeprefix('torch.')} on {device}, {kind.note}")
-    model, draft_ids = load(path, dtype, device, cache_dir), read_draft_ids(path, config.vocab_size)
-    block_size, math = runtime.block_size, choose_layer_math(dtype, device, progress)
-    is_recording = runtime.cuda_graphs != "off"
-
-    def attention(shape: AttentionShape) -> AttentionKind:
-        return choose_attention(runtime.attention, shape, block_size, progress, is_recording=is_recording)
-
-    stack = DecoderStack(model, kind, draft_ids, attention, block_size, math)
-    if isinstance(source, ModelDrafterConfig) and source.target_states:
-        weights = read_adapter(path, stack.config.hidden_size, dtype, device)
-        stack.adapter = None if weights is None else StateAdapter(weights, kind)
-    return Member(stack, context_length(config), path, end_token_ids(path))
 
 
 def _warm_up(core: EngineCore) -> None:

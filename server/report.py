@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from engine.build import build, make_policy, plan_memory
+from engine.build import build, make_policy
 from engine.config import EngineConfig, ModelDrafterConfig, ModelSource
-from engine.model.budget import Footprint, kv_budget
+from engine.model.budget import Footprint, kv_budget, plan_memory
 from engine.model.linear import choose
 from engine.model.loader import ModelSize, PairMember, check_pair, estimate, read_config, resolve_device, resolve_dtype
 from engine.model.source import fetch_config

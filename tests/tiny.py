@@ -16,7 +16,7 @@ from llguidance import LLTokenizer, TokenizerWrapper
 from pydantic import ByteSize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.build import Costs, Extras, Member, assemble
+from engine.build import Costs, Extras, assemble
 from engine.config import (
     CopyingConfig,
     DrafterConfig,
@@ -37,6 +37,7 @@ from engine.model.attention import AttentionKind
 from engine.model.gather_attention import GATHER
 from engine.model.graphs import Recorder
 from engine.model.layer_math import TORCH, LayerMath
+from engine.model.member import Member
 from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
 from engine.model.state_adapter import AdapterWeights, StateAdapter

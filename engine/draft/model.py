@@ -7,7 +7,6 @@ which all drafts stood. It catches up inside `propose`, under its own budget, ol
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -17,119 +16,15 @@ from torch import Tensor
 from engine.draft.copying import Copying
 from engine.draft.foresight import NoForesight
 from engine.draft.ngram import Window, batch_of
+from engine.draft.table import Draft, Table
 from engine.draft.target_states import TargetStates
 from engine.model.attention import Segment
 from engine.model.paged import PagedModel
 from engine.plan import Chunk, DraftBatch, Drafting, DraftLengthPolicy, Foresight, QKind, RowBatch, Rows, Rule, StepPlan, Verdict
 from engine.sampling.distributions import Distributions
-from engine.sampling.draws import Purpose, draw, keys_of_round, uniforms
+from engine.sampling.draws import Purpose, keys_of_round, uniforms
 from engine.sequence import Sequence
 from engine.transfer import to_device
-
-
-@dataclass(eq=False, slots=True)
-class _Draft:
-    """How far one chunk has come within a proposal."""
-
-    chunk: Chunk
-    computed: int  # the drafter's watermark, drafts included
-    row: int = -1  # its row in the batch; -1 for a chunk that does not complete
-    kinds: list[QKind] = field(default_factory=list)  # of the drafts
-    ids: list[int] = field(default_factory=list)  # the drafts, where something goes by them: foresight, or copying
-    has_row: bool = False  # the row that the next draft is drawn from is there
-    is_foretold: bool = False  # what comes behind the drafts is foreseen, so that nobody needs a row for it
-    is_lagging: bool = False
-    is_unsure: bool = False  # nothing more is to be drafted
-    num_calls: int = 0
-    num_late: int = 0  # tokens that were caught up with
-    predicted_mask: int = 0  # bit i: draft i comes from the request's prediction
-    confidences: list[float] = field(default_factory=list)  # of its rows, if the policy reads them
-
-    @property
-    def seq(self) -> Sequence:
-        return self.chunk.seq
-
-    @property
-    def num_drafted(self) -> int:
-        return len(self.kinds)
-
-    @property
-    def position(self) -> int:
-        """Of what comes next: so many tokens, drafts included, are in front of it."""
-        return len(self.seq.tokens) + self.num_drafted
-
-    @property
-    def has_room(self) -> bool:
-        return self.num_drafted < self.chunk.max_draft and not self.is_unsure
-
-    def wants_draft(self) -> bool:
-        return self.has_row and self.has_room
-
-    def wants_row(self) -> bool:
-        """Whether there is to be a row behind the drafts: for the next one, or because every position that is not foreseen needs one."""
-        return not self.is_foretold and (self.has_room or self.seq.needs_q)
-
-    def take_back(self) -> None:
-        """Leave the last draft, which was foreseen, to the target."""
-        self.kinds.pop()
-        self.ids.pop()
-        self.confidences.pop()
-        self.predicted_mask &= (1 << self.num_drafted) - 1
-        self.is_foretold = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Due:
-    """Rows that the next drafts are drawn from."""
-
-    drafts: list[_Draft]
-    places: Tensor  # [N] in the table
-    probs: Tensor  # [N, V]
-    only: Tensor | None = None  # [N] the one token of each, where all are one-hot
-
-
-@dataclass(slots=True)
-class _Table:
-    """The batch that is being filled: ids and the numbers that they are drawn with [B, K + 1], rows [B, K + 1, V]."""
-
-    drafts: list[_Draft]  # those that emit
-    numbers: Tensor
-    ids: Tensor
-    probs: Tensor
-    logits: Tensor | None  # what a rule reads; None where none of the batch does
-    due: _Due | None = None  # what was stored last
-
-    @property
-    def width(self) -> int:
-        return self.ids.shape[1]
-
-    def places(self, at: ListLike[tuple[int, int]]) -> Tensor:
-        """Rows and columns as one index of the flattened table."""
-        return to_device([row * self.width + column for row, column in at], self.ids.device, torch.long)
-
-    def write(self, draft: _Draft, start: int) -> None:
-        """Enter the drafts of a row from `start` on, which are known here."""
-        if draft.num_drafted > start:
-            self.ids[draft.row, start : draft.num_drafted] = to_device(draft.ids[start:], self.ids.device)
-
-    def store(self, drafts: list[_Draft], rows: Rows) -> None:
-        """Enter the next row of each of N drafts."""
-        self.due = _Due(drafts, self.places([(d.row, d.num_drafted) for d in drafts]), rows.probs, rows.only)
-        self.probs.flatten(0, 1).index_copy_(0, self.due.places, rows.probs)
-        if self.logits is not None and rows.logits is not None:
-            self.logits.flatten(0, 1).index_copy_(0, self.due.places, rows.logits)
-        for draft in drafts:
-            draft.has_row = True
-
-    def draw(self, drafts: list[_Draft]) -> Tensor:
-        """Draw the next draft of each of N, [N]."""
-        due = self.due
-        if due is None or due.drafts != drafts:
-            places = self.places([(d.row, d.num_drafted) for d in drafts])
-            due = _Due(drafts, places, self.probs.flatten(0, 1).index_select(0, places))
-        drawn = draw(due.probs, self.numbers.flatten().index_select(0, due.places)) if due.only is None else due.only
-        self.ids.view(-1).index_copy_(0, due.places, drawn)
-        return drawn
 
 
 @dataclass(frozen=True)
@@ -178,7 +73,7 @@ class ModelDrafter:
     def propose(self, plan: StepPlan, budget: int) -> DraftBatch:
         if not any(_is_asked_of(chunk) for chunk in plan.chunks):  # among many streams that is most steps
             return replace(batch_of(plan, [Window() for _ in plan.completing]), drafter_computed=_watermarks(plan))
-        drafts = [_Draft(chunk, chunk.seq.drafter_computed) for chunk in plan.chunks]
+        drafts = [Draft(chunk, chunk.seq.drafter_computed) for chunk in plan.chunks]
         for draft in drafts:
             if draft.chunk.completes and draft.seq.request.speculation.enabled:
                 self._foresee(draft)
@@ -209,7 +104,7 @@ class ModelDrafter:
             self._copying.forget(seq)
 
     # ------------------------------------------------------------------ what costs nothing
-    def _foresee(self, draft: _Draft) -> None:
+    def _foresee(self, draft: Draft) -> None:
         """Draft what can be told without this model, as far as there is room."""
         while not draft.is_foretold and (foreseen := self._foresight.next(draft.seq, draft.ids)) is not None:
             if not draft.has_room:
@@ -220,7 +115,7 @@ class ModelDrafter:
             draft.kinds.append(QKind.GIVEN)
             draft.confidences.append(foreseen.confidence)
 
-    def _settle_for_less(self, draft: _Draft) -> None:
+    def _settle_for_less(self, draft: Draft) -> None:
         """Where the row that is due behind the drafts could not be had: end in front of a foreseen token, which needs none, or lag."""
         if draft.chunk.completes and draft.seq.needs_q and draft.wants_row() and self._is_behind(draft):
             if draft.kinds:
@@ -229,15 +124,15 @@ class ModelDrafter:
                 draft.is_lagging = True
 
     # ------------------------------------------------------------------ catching up
-    def _is_behind(self, draft: _Draft) -> bool:
+    def _is_behind(self, draft: Draft) -> bool:
         """Whether the row for the next position is missing although there can be one: a position up to the context's length has it."""
         return draft.computed < draft.position <= self._context_length
 
-    def _may_wait(self, draft: _Draft) -> bool:
+    def _may_wait(self, draft: Draft) -> bool:
         """Whether nothing needs the chunk's tokens yet: a piece of a prompt that only drafts would read."""
         return not draft.chunk.completes and not draft.seq.needs_q
 
-    def _num_behind(self, draft: _Draft) -> int:
+    def _num_behind(self, draft: Draft) -> int:
         """Tokens to run before the row for the next position is there, or before the chunk's end."""
         chunk, seq = draft.chunk, draft.seq
         if not seq.request.speculation.enabled:
@@ -247,7 +142,7 @@ class ModelDrafter:
         end = draft.position if chunk.completes else seq.num_computed + chunk.num_tokens
         return max(0, min(end, self._context_length) - draft.computed)
 
-    def _catch_up(self, drafts: list[_Draft], budget: int) -> tuple[Tensor, list[_Draft], int]:
+    def _catch_up(self, drafts: list[Draft], budget: int) -> tuple[Tensor, list[Draft], int]:
         """Run committed tokens and foreseen ones, oldest sequence first. Returns states, whose they are, and the budget that is left."""
         segments, ids, rows, ready = [], [], [], []
         for draft in drafts:
@@ -267,7 +162,7 @@ class ModelDrafter:
         return self._model.states(segments, to_device(ids, self._model.stack.device, torch.long), rows), ready, budget
 
     # ------------------------------------------------------------------ drafting
-    def _new_table(self, emitting: list[_Draft], ready: list[_Draft]) -> _Table:
+    def _new_table(self, emitting: list[Draft], ready: list[Draft]) -> Table:
         longest = max((*(d.chunk.max_draft for d in ready), *(d.num_drafted for d in emitting)), default=0)
         is_read = any(d.seq.request.speculation.rule in self._reading_q for d in ready)
         device, vocab = self._model.stack.device, self._model.vocab_size
@@ -275,7 +170,7 @@ class ModelDrafter:
         shape = (len(emitting), longest + 1, vocab if ready else 0)  # zeros that nobody reads would take a millisecond of a large batch
         keys = to_device([d.seq.key for d in emitting], device, torch.long).view(-1, 1)
         first = to_device([len(d.seq.tokens) for d in emitting], device, torch.long).view(-1, 1)
-        table = _Table(
+        table = Table(
             drafts=emitting,
             numbers=uniforms(
                 keys_of_round(keys, first) if self._numbers_are_by_round else keys,
@@ -290,7 +185,7 @@ class ModelDrafter:
             table.write(draft, 0)
         return table
 
-    def _store(self, table: _Table, drafts: list[_Draft], states: Tensor) -> None:
+    def _store(self, table: Table, drafts: list[Draft], states: Tensor) -> None:
         """Turn last states [N, hidden] into the next row q of each of N drafts."""
         if self._target_states is not None:
             states = self._target_states.read([d.seq for d in drafts], [d.position for d in drafts], states)
@@ -309,7 +204,7 @@ class ModelDrafter:
             for draft, confidence in zip(drafts, _confidences(rows.logits, total if rows.allowed is None else None), strict=True):
                 draft.confidences.append(confidence)
 
-    def _extend(self, table: _Table, drafts: list[_Draft]) -> int:
+    def _extend(self, table: Table, drafts: list[Draft]) -> int:
         """Draft one more token for each, and run those behind which a row is wanted. Returns the tokens run or drawn."""
         self._note(drafts, table.draw(drafts))
         goes_on = self._policy.who_goes_on([self._drafting(d) for d in drafts])
@@ -324,7 +219,7 @@ class ModelDrafter:
             self._run(table, running)
         return len(drafts) + num_more
 
-    def _note(self, drafts: list[_Draft], drawn: Tensor) -> None:
+    def _note(self, drafts: list[Draft], drawn: Tensor) -> None:
         """Count a draft more for each. What it is has to be known here only where something goes by it."""
         for draft in drafts:
             draft.kinds.append(QKind.DENSE)
@@ -333,7 +228,7 @@ class ModelDrafter:
             for draft, token_id in zip(drafts, drawn.tolist(), strict=True):
                 draft.ids.append(token_id)
 
-    def _run(self, table: _Table, drafts: list[_Draft]) -> None:
+    def _run(self, table: Table, drafts: list[Draft]) -> None:
         """Run the drafts that were made last, for the rows behind them."""
         segments = [Segment(d.seq.block_table, d.computed, d.position - d.computed) for d in drafts]
         places = table.places([(d.row, i) for d in drafts for i in range(d.computed - len(d.seq.tokens), d.num_drafted)])
@@ -344,11 +239,11 @@ class ModelDrafter:
             draft.num_calls += 1
         self._store(table, drafts, states)
 
-    def _drafting(self, draft: _Draft) -> Drafting:
+    def _drafting(self, draft: Draft) -> Drafting:
         room = draft.chunk.max_draft - draft.num_drafted if draft.computed < self._context_length else 0
         return Drafting(draft.seq, draft.confidences[: draft.num_drafted], room)
 
-    def _batch(self, drafts: list[_Draft], table: _Table) -> DraftBatch:
+    def _batch(self, drafts: list[Draft], table: Table) -> DraftBatch:
         width = table.width
         return DraftBatch(
             lengths=tuple(d.num_drafted for d in table.drafts),

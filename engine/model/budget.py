@@ -1,6 +1,6 @@
-"""How much memory the KV cache gets where the deployment leaves that to the engine (engine.kv_cache: auto).
+"""How much memory the KV cache gets, and how many blocks and tokens that is.
 
-On a GPU: `gpu_memory_fraction` of its memory, less what is in use once the weights are there, less a reserve for what a step takes beside:
+Where the deployment leaves it to the engine (engine.kv_cache: auto), on a GPU: `gpu_memory_fraction` of its memory, less what is in use once the weights are there, less a reserve for what a step takes beside:
 
     activations     for each row of a pass, what its widest layer holds at once
     distributions   for each row of the verify windows, rows over the vocabulary of both models and of who judges them
@@ -22,7 +22,7 @@ import torch
 
 from engine.config import RuntimeConfig
 from engine.errors import ConfigError
-from engine.model.memory import ADVICE, gpu_memory
+from engine.model.memory import ADVICE, available_bytes, gpu_memory
 
 ON_CPU = 1 << 30
 LIBRARIES = 1 << 30
@@ -79,3 +79,39 @@ def kv_budget(runtime: RuntimeConfig, device: torch.device, max_draft: int, mode
         )
     num_layers = models[0].num_layers
     return left * num_layers // (num_layers + _GATHERED_LAYERS)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the KV cache holds."""
+
+    bytes_per_token: int  # in all layers of target and drafter
+    num_blocks: int
+    max_model_len: int
+
+
+def plan_memory(config: RuntimeConfig, bytes_per_token: int, model_context: int, kv_bytes: int) -> MemoryPlan:
+    """Blocks that fit into `kv_bytes`, and the context that can be served: the smaller of model, pool and `max_model_len`.
+
+    Raises ConfigError where not even one block fits, or where a `max_model_len` was asked for that cannot be served.
+    """
+    block_bytes = bytes_per_token * config.block_size
+    num_blocks = kv_bytes // block_bytes
+    if num_blocks < 1:
+        raise ConfigError(f"engine.kv_cache: {kv_bytes} bytes - must be at least {block_bytes}, the size of one block")
+    served = min(model_context, num_blocks * config.block_size)
+    asked = config.max_model_len
+    if asked is not None and asked > served:
+        why = f"the model's context is {model_context}" if model_context < asked else "engine.kv_cache holds no more; raise it"
+        raise ConfigError(f"engine.max_model_len: {asked} - must be at most {served}: {why}")
+    return MemoryPlan(bytes_per_token, num_blocks, served if asked is None else asked)
+
+
+def require_memory(kv_bytes: int, device: torch.device) -> None:
+    """Refuse a KV cache that the device has no room for. Raises ConfigError."""
+    free = available_bytes(device)
+    if free is not None and kv_bytes > free:
+        raise ConfigError(
+            f"engine.kv_cache: {kv_bytes / 2**30:.1f} GiB - must be at most {free / 2**30:.1f} GiB, "
+            f"what {device} has free beside the weights"
+        )

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from benchmarks.passes import alone, window
-from engine.build import Member, assemble
+from engine.build import assemble
 from engine.config import EngineConfig, ModelPair, ModelSource, RuntimeConfig
 from engine.model.eight_bits import Fp8Linear, WeightInt8Linear, why_not_fp8, why_not_int8
 from engine.model.linear import AS_THEY_ARE, LinearKind
 from engine.model.loader import load
+from engine.model.member import Member
 from engine.model.stack import DecoderStack
 from server.text import TextTokenizer
 

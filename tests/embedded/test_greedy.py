@@ -12,7 +12,7 @@ import pytest
 import torch
 from pydantic import ByteSize
 
-from engine.build import Member, assemble, build
+from engine.build import assemble, build
 from engine.config import (
     DrafterConfig,
     EngineConfig,
@@ -24,6 +24,7 @@ from engine.config import (
     RuntimeConfig,
     SpeculationConfig,
 )
+from engine.model.member import Member
 from engine.request import Request, SamplingParams, SpeculationParams
 from server.settings import load
 from server.text import TextTokenizer

@@ -97,7 +97,7 @@ def full(*_: Any, **__: Any) -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize("place", ["engine.build.DecoderStack", "engine.model.paged.KVCache", "engine.build._measured"])
+@pytest.mark.parametrize("place", ["engine.model.member.DecoderStack", "engine.model.paged.KVCache", "engine.build._measured"])
 def test_memory_that_runs_out_while_loading_is_one_line_with_the_keys_to_turn(
     place: str, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +121,6 @@ def test_another_error_while_loading_stays_what_it_is(config: EngineConfig, monk
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("engine.build.DecoderStack", broken)
+    monkeypatch.setattr("engine.model.member.DecoderStack", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         build(config)

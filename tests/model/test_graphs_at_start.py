@@ -24,7 +24,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> CallingRecorder:
     """A device on which passes can be recorded."""
     found = CallingRecorder()
     monkeypatch.setattr("engine.build.recorder_of", lambda asked, device: found if asked == "auto" else None)
-    monkeypatch.setattr("engine.build.choose_attention", lambda *_, **__: FixedGather())
+    monkeypatch.setattr("engine.model.member.choose_attention", lambda *_, **__: FixedGather())
     return found
 
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from pydantic import ByteSize
 
-from engine.build import Member, MemoryPlan, assemble, plan_memory, require_memory
+from engine.build import assemble
 from engine.config import EngineConfig, ModelDrafterConfig, ModelPair, ModelSource, RuntimeConfig
 from engine.draft.ngram import NoDrafter
 from engine.errors import ConfigError, UnsupportedModel
 from engine.model.attention import Segment
+from engine.model.budget import MemoryPlan, plan_memory, require_memory
+from engine.model.member import Member
 from engine.model.memory import available_bytes
 from engine.model.paged import PagedModel, kv_bytes_per_token, rows_run
 from engine.model.runner import ModelRunner

@@ -14,7 +14,7 @@ import torch
 from pydantic import ByteSize
 from transformers import AutoModelForCausalLM
 
-from engine.build import Costs, Extras, Member, assemble
+from engine.build import Costs, Extras, assemble
 from engine.config import (
     AdaptiveLengthConfig,
     CopyingConfig,
@@ -29,6 +29,7 @@ from engine.config import (
     SpeculationConfig,
 )
 from engine.core import EngineCore
+from engine.model.member import Member
 from engine.model.stack import DecoderStack
 from engine.request import FinishReason, Request, SamplingParams, SpeculationParams, TokenDelta
 from server.structure import Checker, Structure, grammar_of_structure
