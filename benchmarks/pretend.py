@@ -46,6 +46,9 @@ class PretendCore:
     def abort(self, request_id: str, choice: int) -> None:
         self._answers.pop((request_id, choice), None)
 
+    def watch(self, tell: Callable[[tuple[str, ...]], None]) -> None:
+        """Nobody asks what a pretended engine runs."""
+
     def step(self) -> StepOutput:
         self._due = max(self._due + STEP_SECONDS, time.perf_counter())
         deltas = [self._say(*key) for key in list(self._answers)]

@@ -24,7 +24,22 @@ from engine.client import Steppable
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineError
 from engine.logs import adopt_libraries, set_up
-from engine.wire import Abort, Add, Command, Failed, Heartbeat, Hello, Loaded, Progress, Report, Start, Stepped, decode_command, encode
+from engine.wire import (
+    Abort,
+    Add,
+    Command,
+    Failed,
+    Heartbeat,
+    Hello,
+    Loaded,
+    Progress,
+    Report,
+    Running,
+    Start,
+    Stepped,
+    decode_command,
+    encode,
+)
 
 _log = logging.getLogger("engine.child")  # this module runs as __main__
 
@@ -60,6 +75,7 @@ def _serve(line: _Line) -> NoReturn:
     factory: Factory = _named(start.factory)
     adopt_libraries()
     core = factory(EngineConfig.model_validate_json(start.config), line.say)
+    core.watch(lambda request_ids: line.send(Running(incarnation=line.incarnation, request_ids=request_ids)))
     line.send(Loaded(incarnation=line.incarnation, info=msgspec.structs.replace(core.info, incarnation=line.incarnation)))
     while True:
         for command in line.waiting(0 if core.has_work else start.heartbeat_seconds):

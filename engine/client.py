@@ -92,6 +92,9 @@ class Steppable(Protocol):
 
     def step(self) -> StepOutput: ...
 
+    def watch(self, tell: Callable[[tuple[str, ...]], None]) -> None:
+        """Have the ids of the requests that a pass is about to begin for told, whenever they are others than before."""
+
 
 class ThreadClient:
     """An engine in a thread of this process.

@@ -22,6 +22,7 @@ Quantization = Literal["none", "int8", "fp8"]
 Dtype = Literal["auto", "float64", "float32", "bfloat16", "float16"]
 CudaGraphs = Literal["auto", "off"]
 AttentionName = Literal["auto", "gather", "triton", "varlen", "flashinfer"]  # as in engine/model/attention_choice.py
+MOST_DRAFTS = 63  # of a round: with the token behind them they have a bit each in a number of 64, see TokenDelta.drafted_mask
 
 
 class ModelSource(Section):
@@ -79,15 +80,15 @@ class FixedLengthConfig(Section):
     """Always `max` drafts, as far as budget and memory allow."""
 
     policy: Literal["fixed"] = "fixed"
-    max: int = Field(4, ge=0, le=64)
+    max: int = Field(4, ge=0, le=MOST_DRAFTS)
 
 
 class HeuristicLengthConfig(Section):
     """Two more after a round in which all drafts were accepted, one fewer otherwise."""
 
     policy: Literal["heuristic"] = "heuristic"
-    start: int = Field(4, ge=1, le=64)
-    max: int = Field(8, ge=1, le=64)
+    start: int = Field(4, ge=1, le=MOST_DRAFTS)
+    max: int = Field(8, ge=1, le=MOST_DRAFTS)
 
     @model_validator(mode="after")
     def _ordered(self) -> HeuristicLengthConfig:
@@ -100,7 +101,7 @@ class ConfidenceLengthConfig(Section):
     """Stops drafting behind a row of which the drafter is unsure. The threshold adapts to what becomes of the drafts."""
 
     policy: Literal["confidence"] = "confidence"
-    max: int = Field(8, ge=0, le=64)
+    max: int = Field(8, ge=0, le=MOST_DRAFTS)
     threshold: float = Field(0.4, ge=0, le=1, description="to begin with")
     cumulative: bool = Field(False, description="compare the product of all confidences of a round, not the newest one")
 
@@ -109,7 +110,7 @@ class AdaptiveLengthConfig(Section):
     """As many drafts, zero included, as bring most tokens a second, by what stood so far and what passes cost here."""
 
     policy: Literal["adaptive"] = "adaptive"
-    max: int = Field(8, ge=0, le=64)
+    max: int = Field(8, ge=0, le=MOST_DRAFTS)
 
 
 LengthConfig = Annotated[
@@ -137,7 +138,7 @@ class Preset(Section):
     enabled: bool = True
     rule: RuleName | None = Field(None, description="null: the deployment's")
     alpha: Alpha = None
-    max_draft: int | None = Field(None, ge=0, le=64)
+    max_draft: int | None = Field(None, ge=0, le=MOST_DRAFTS)
 
 
 class SpeculationConfig(Section):

@@ -82,6 +82,8 @@ class EngineCore:
         self._parts = parts
         self._info = info
         self._ended = time.perf_counter()  # the last step; at first, loading
+        self._tell: Callable[[tuple[str, ...]], None] = lambda request_ids: None
+        self._told: tuple[str, ...] = ()
 
     @property
     def info(self) -> EngineInfo:
@@ -117,8 +119,14 @@ class EngineCore:
             parts.scheduler.policy.observe_step(_timing(ran, clock))
         deltas = given_up + parts.scheduler.commit(ran.plan, ran.drafts, ran.verdict, ran.logprobs, parts.is_lost)
         self._observe(ran)
+        if not self.has_work:
+            self._told = ()  # whoever listens takes an idle engine's silence for an end of that
         clock.ended = self._ended = time.perf_counter()
         return StepOutput(deltas=tuple(deltas), stats=self._stats(ran.plan, ran.drafts, deltas, before, clock))
+
+    def watch(self, tell: Callable[[tuple[str, ...]], None]) -> None:
+        """Have the ids of the requests that a pass is about to begin for told, whenever they are others than before."""
+        self._tell = tell
 
     def check(self) -> None:
         """Raise AssertionError unless the bookkeeping is consistent."""
@@ -127,6 +135,10 @@ class EngineCore:
     def _run(self, plan: StepPlan, clock: _Clock) -> _Ran | None:
         """All of a step that is in front of the commit: what it leaves behind is KV that counts for nothing. None where memory ran out."""
         parts = self._parts
+        request_ids = tuple(dict.fromkeys(chunk.seq.request.id for chunk in plan.chunks))
+        if request_ids != self._told:
+            self._told = request_ids
+            self._tell(request_ids)
         clock.planned = time.perf_counter()
         try:
             drafts = parts.drafter.propose(plan, int(min(parts.max_drafter_tokens, parts.scheduler.bound.now)))

@@ -24,7 +24,7 @@ from engine.request import Request, TokenDelta
 from engine.stats import EngineInfo, StepOutput, StepStats
 from engine.streams import DeltaStream, OpenRequests
 from engine.supervision import RestartBudget, Supervision, Suspects
-from engine.wire import Abort, Add, Failed, Heartbeat, Hello, Loaded, Progress, Start, Stepped
+from engine.wire import Abort, Add, Failed, Heartbeat, Hello, Loaded, Progress, Running, Start, Stepped
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,6 @@ class ProcessClient:
         self._requests = OpenRequests(max_queued, self._add, self._abort)
         self._budget = RestartBudget(self._supervision)
         self._suspects = Suspects(self._supervision)
-        self._leaving: list[Request] = []  # given up since the last frame: the step that runs now may still have them
         self._step_callbacks: list[Callable[[StepStats], None]] = []
         self._loss_callbacks: list[Callable[[bool], None]] = []
         self._starter = ThreadPoolExecutor(1, "engine-starter")  # keeps the priority that its user had at the first start
@@ -121,7 +120,6 @@ class ProcessClient:
 
     def _abort(self, request_id: str, choice: int) -> None:
         child = self._live_child()
-        self._leaving += [request for request in self._may_be_running() if request.id == request_id]
         child.send(Abort(incarnation=child.id, request_id=request_id, choice=choice))
 
     # ------------------------------------------------------------------ one incarnation after the other
@@ -169,11 +167,12 @@ class ProcessClient:
             failure: EngineError | None = None
             for frame in await child.receive(FRAMES_AT_ONCE):
                 match frame:
+                    case Running(request_ids=request_ids):
+                        self._requests.note_running(request_ids)
                     case Stepped(output=output):
-                        self._leaving.clear()
                         outputs.append(output)
                     case Heartbeat():
-                        self._leaving.clear()
+                        self._requests.note_running(())
                     case Hello():
                         child.send(self._start_frame(child))
                     case Progress(text=text):
@@ -242,9 +241,8 @@ class ProcessClient:
         if self._info is None:
             raise loss
         self._child = None
-        running = self._may_be_running()
-        self._suspects.accuse(running + self._leaving)
-        self._leaving.clear()
+        running = self._requests.may_be_running()
+        self._suspects.accuse(running)
         _log.error("%s Requests lost: %d, of which %d may have been running", loss, len(self._requests), len(running))
         self._requests.fail(loss)
         delay = self._budget.take()
@@ -256,9 +254,6 @@ class ProcessClient:
         for callback in self._loss_callbacks:
             callback(delay is not None)
         return delay
-
-    def _may_be_running(self) -> list[Request]:
-        return self._requests.oldest(self.info.max_sequences)
 
     @property
     def _enough(self) -> str:

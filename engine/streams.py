@@ -13,6 +13,8 @@ from engine.request import Request, TokenDelta
 from engine.sched.admission import Admission
 from engine.stats import EngineInfo
 
+_GIVEN_UP = 256  # requests that are remembered; more cannot be given up within a step or two
+
 
 class DeltaStream:
     """A Stream fed by a client on the same event loop."""
@@ -23,6 +25,7 @@ class DeltaStream:
         self._open = {choice.index for choice in request.choices}
         self._waiting: list[TokenDelta] = []
         self._wake = asyncio.Event()
+        self.has_run = False  # a pass was begun for it
         self._error: EngineError | None = None
 
     @property
@@ -81,6 +84,8 @@ class OpenRequests:
         self._abort_in_engine = abort
         self._admission: Admission | None = None
         self._streams: dict[str, DeltaStream] = {}
+        self._given_up: dict[str, Request] = {}  # of late, the first first: a step may run them still
+        self._running: tuple[str, ...] = ()  # ids that the engine's last pass was begun for
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -116,19 +121,26 @@ class OpenRequests:
         for stream in self._streams.values():
             stream.fail(error)
         self._streams.clear()
+        self._given_up.clear()
+        self._running = ()
 
-    def oldest(self, num_choices: int) -> list[Request]:
-        """The requests that hold the oldest open choices of each priority, so many of them at most: no other can have been running."""
-        found: list[Request] = []
-        num_before: dict[int, int] = {}
-        for stream in self._streams.values():
-            num = num_before.get(stream.request.priority, 0)
-            if num < num_choices:
-                found.append(stream.request)
-            num_before[stream.request.priority] = num + len(stream.open_choices)
-        return found
+    def note_running(self, request_ids: tuple[str, ...]) -> None:
+        """The engine is about to begin a pass for these and no others."""
+        self._running = request_ids
+        for request_id in request_ids:
+            if stream := self._streams.get(request_id):
+                stream.has_run = True
+
+    def may_be_running(self) -> list[Request]:
+        """Those that the last pass was begun for, and those whose grammar may still be made ready, which is done beside the passes."""
+        ran = [(stream.request if (stream := self._streams.get(i)) else self._given_up.get(i)) for i in self._running]
+        preparing = [s.request for s in self._streams.values() if s.request.grammar is not None and not s.has_run]
+        return [*filter(None, ran), *preparing]
 
     def _abort(self, request_id: str, choice: int) -> None:
         self._abort_in_engine(request_id, choice)
-        if not self._streams[request_id].open_choices:
+        if not (stream := self._streams[request_id]).open_choices:
             del self._streams[request_id]
+            self._given_up[request_id] = stream.request
+            while len(self._given_up) > _GIVEN_UP:
+                del self._given_up[next(iter(self._given_up))]

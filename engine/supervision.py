@@ -95,7 +95,7 @@ class Suspects:
 
 
 def _identity(request: Request) -> bytes:
-    """A digest of what shapes the answer. The seed of a request that gave none is another one at every try, so it does not count."""
+    """A digest of the request but for what every try has anew: its id, when it came and how urgent it is, and a seed that nobody gave."""
     sampling = request.sampling if request.sampling.is_seeded else msgspec.structs.replace(request.sampling, seed=0)
-    parts = (request.prompt_ids, sampling, request.speculation, request.choices)
-    return hashlib.blake2b(msgspec.msgpack.encode(parts), digest_size=16).digest()
+    same = msgspec.structs.replace(request, id="", arrived_at=0.0, priority=0, sampling=sampling)
+    return hashlib.blake2b(msgspec.msgpack.encode(same), digest_size=16).digest()

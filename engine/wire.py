@@ -65,6 +65,12 @@ class Loaded(Frame, frozen=True, tag=True):
     info: EngineInfo
 
 
+class Running(Frame, frozen=True, tag=True):
+    """A pass is about to begin, for other requests than the one before: if it ends the process, one of these is to blame."""
+
+    request_ids: tuple[str, ...]
+
+
 class Stepped(Frame, frozen=True, tag=True):
     """One step, for all sequences."""
 
@@ -101,7 +107,7 @@ class Failed(Frame, frozen=True, tag=True):
 
 
 Command = Start | Add | Abort
-Report = Hello | Progress | Loaded | Stepped | Heartbeat | Failed
+Report = Hello | Progress | Loaded | Running | Stepped | Heartbeat | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

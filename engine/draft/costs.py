@@ -47,6 +47,9 @@ class PassCosts:
         So do, in proportion to the nearest of them below, those of which nothing was seen yet: a batch of many sequences, or a busy
         machine, makes all passes longer. If they stayed behind, more rows would seem to be free wherever fewer were found to cost more
         than was measured. Those of fewer rows than any that was seen stay as they are, and are tried.
+
+        Once entries are well known, what still moves them is no news of them but of everything: texts have grown. Then larger ones go along
+        that were seen. If they waited to be seen again, drafts that are made seldom would look the cheaper the longer texts become.
         """
         rows = self.rows_run(rows)
         i = bisect_left(ROWS, rows)
@@ -58,6 +61,9 @@ class PassCosts:
         else:
             ratio = min(_OUTLIER, max(1 / _OUTLIER, seconds / self.at(rows)))
             weight = max(_WEIGHT, 1 / (_TRUST + min(self._num_observed.get(entry, 0) for entry in around)))
+            if weight == _WEIGHT:
+                larger = [entry for entry in self._seen if entry > max(around)]
+                self._seen |= {entry: self._seen[entry] * (1 + weight * (ratio - 1)) for entry in larger}
             self._seen |= {entry: _between(self._known, self._values, entry) * (1 + weight * (ratio - 1)) for entry in around}
         for entry in around:
             self._num_observed[entry] = self._num_observed.get(entry, 0) + 1

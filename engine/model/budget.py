@@ -1,6 +1,7 @@
 """How much memory the KV cache gets, and how many blocks and tokens that is.
 
-Where the deployment leaves it to the engine (engine.kv_cache: auto), on a GPU: `gpu_memory_fraction` of its memory, less what is in use once the weights are there, less a reserve for what a step takes beside:
+Where the deployment leaves it to the engine (engine.kv_cache: auto), it is on a GPU `gpu_memory_fraction` of its memory, less what is in
+use once the weights are there, less a reserve for what a step takes beside:
 
     activations     for each row of a pass, what its widest layer holds at once
     distributions   for each row of the verify windows, rows over the vocabulary of both models and of who judges them

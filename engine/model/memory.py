@@ -62,9 +62,13 @@ def _free_on_machine() -> int | None:
 
 
 def _free_in_container() -> int | None:
-    """What the control group of a container still allows (version 2)."""
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    """What the control group of a container still allows (version 2). Cached files count as used there, and are let go when asked for."""
+    limit, used, parts = _CGROUP / "memory.max", _CGROUP / "memory.current", _CGROUP / "memory.stat"
     if not (limit.exists() and used.exists()):
         return None
     text = limit.read_text("ascii").strip()
-    return None if text == "max" else max(0, int(text) - int(used.read_text("ascii")))
+    if text == "max":
+        return None
+    found = dict(line.split(" ", 1) for line in parts.read_text("ascii").splitlines()) if parts.exists() else {}
+    cached = sum(int(found.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return max(0, int(text) - int(used.read_text("ascii")) + cached)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 
-_PATIENCE = (8, 1024)  # steps that go well until more is tried: at first, and at most; doubled each time that more was too much
+_PATIENCE = (8, 1024)  # full steps that go well until more is tried: at first, and at most; doubled each time that more was too much
+_FULL = 0.75  # of what a step may run: one that runs less says nothing of whether that much fits
+_FORGETTING = 8  # times the patience, of full steps without a bound, until it is as at first
 
 
 class StepBound:
@@ -29,12 +31,15 @@ class StepBound:
         self.now, self._num_good, self._is_raised = max(1, num_tried // 2), 0, False
         return True
 
-    def note_good(self, limit: int) -> None:
-        """A step went well. `limit` is the deployment's."""
-        if self.now == math.inf:
+    def note_good(self, num_run: int, limit: int) -> None:
+        """A step over so many tokens went well. `limit` is the deployment's."""
+        if num_run < _FULL * min(self.now, limit) or (self.now == math.inf and not self._is_raised):
             return
         self._num_good += 1
-        if self._num_good >= self._patience:
+        if self.now == math.inf:
+            if self._num_good >= _FORGETTING * self._patience:  # memory is there again
+                self._patience, self._is_raised = _PATIENCE[0], False
+        elif self._num_good >= self._patience:
             self.now, self._num_good, self._is_raised = 2 * self.now, 0, True
-        if self.now >= limit:
-            self.now, self._patience, self._is_raised = math.inf, _PATIENCE[0], False
+            if self.now >= limit:
+                self.now = math.inf

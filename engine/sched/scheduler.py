@@ -243,7 +243,7 @@ class Scheduler:
         """A plan that cannot be run: nothing of it was committed, and the next one is smaller. False where none is."""
         for chunk in plan.chunks:
             self.pool.trim(chunk.seq, chunk.seq.num_computed)
-        return self.bound.shrink(sum(chunk.num_tokens + chunk.max_draft for chunk in plan.chunks))
+        return self.bound.shrink(_num_run(plan))
 
     def give_up(self, seq: Sequence) -> TokenDelta:
         """End an answer of which not even one token can be run."""
@@ -266,7 +266,7 @@ class Scheduler:
         """
         deltas, row, logprobs = list[TokenDelta](), 0, logprobs or Logprobs()
         if plan.chunks:
-            self.bound.note_good(self._limits.max_step_tokens)
+            self.bound.note_good(_num_run(plan), self._limits.max_step_tokens)
         for index, chunk in enumerate(plan.chunks):
             seq = chunk.seq
             seq.num_computed += chunk.num_tokens
@@ -360,6 +360,11 @@ class Scheduler:
 
 def _priority(seq: Sequence) -> int:
     return seq.request.priority
+
+
+def _num_run(plan: StepPlan) -> int:
+    """Tokens of the pass, drafts that it has room for included."""
+    return sum(chunk.num_tokens + chunk.max_draft for chunk in plan.chunks)
 
 
 def _scored(seq: Sequence, scores: tuple[TokenLogprobs, ...]) -> TokenDelta:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,8 @@ class RunFolder:
         self._folder = folder
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint, with the log cut back to it; None for a run that begins. Raises SourceError."""
+        """The newest checkpoint; None for a run that begins. Changes nothing. Raises SourceError."""
         if not self._checkpoint.exists():
-            self._cut(0)
             return None
         try:
             state: dict[str, Any] = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
@@ -38,12 +38,27 @@ class RunFolder:
             raise SourceError(
                 f"{self._checkpoint} cannot be read ({type(error).__name__}). Remove it, and the run begins again."
             ) from error
-        self._cut(state["log_bytes"])
         return state
 
+    def go_on_from(self, state: dict[str, Any] | None) -> None:
+        """Cut the log back to where a checkpoint was, or begin it. Raises SourceError."""
+        num_bytes = 0 if state is None else state["log_bytes"]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._log.open("a+b") as file:
+                file.seek(0)
+                kept = file.read(num_bytes)  # less where somebody took of it; then what is left of the last line is no line
+                file.truncate(kept.rfind(b"\n") + 1)
+        except OSError as error:
+            raise SourceError(f"{self._log} cannot be written: {error.strerror}.") from error
+
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint. Raises SourceError."""
-        num_bytes = self._log.stat().st_size if self._log.exists() else 0
+        """Replace the checkpoint, behind the lines that it counts. Raises SourceError."""
+        num_bytes = 0
+        if self._log.exists():
+            with self._log.open("rb") as file:
+                os.fsync(file.fileno())
+                num_bytes = os.fstat(file.fileno()).st_size
         content = io.BytesIO()
         torch.save(state | {"log_bytes": num_bytes}, content)
         write_whole(self._checkpoint, content.getvalue())
@@ -58,11 +73,3 @@ class RunFolder:
             return []
         lines = map(json.loads, self._log.read_text("utf-8").splitlines())
         return [entry for entry in lines if entry["kind"] == kind]
-
-    def _cut(self, num_bytes: int) -> None:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with self._log.open("ab") as file:
-                file.truncate(num_bytes)
-        except OSError as error:
-            raise SourceError(f"{self._log} cannot be written: {error.strerror}.") from error

@@ -18,7 +18,7 @@ from engine.api import Engine
 from engine.config import EngineConfig, ModelPair, NoDrafterConfig, RuntimeConfig
 from engine.errors import ConfigError
 from engine.model.source import Progress, silent
-from engine.request import Request, SamplingParams
+from engine.request import FinishReason, Request, SamplingParams
 from engine.train.config import DataConfig, DistilConfig, FileSource, SelfSource
 from engine.train.shards import Example, digest, num_answer_tokens, provenance_of, shard_path, write_shard
 
@@ -232,6 +232,8 @@ class ShardWriter:
         requests = [Request(id=key, prompt_ids=ids, sampling=_seeded(sampling, key)) for key, ids, sampling in asked]
         written: dict[str, list[int]] = {request.id: [] for request in requests}
         for delta in self._engine.stream(requests):
+            if delta.finish_reason is FinishReason.MEMORY:  # where it ended would be chance's doing, and a shard is its recipe's
+                raise ConfigError(f"data.batch: {self._data.batch} - memory ran out for a single answer; lower it, or data.kv_cache")
             written[delta.request_id] += delta.token_ids
             self._on_tokens(len(delta.token_ids))
         return {key: tuple(ids) for key, ids in written.items()}

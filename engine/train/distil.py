@@ -86,7 +86,7 @@ class Distillation:
 
     def run(self, folder: RunFolder, fingerprint: dict[str, Any], on_report: Callable[[Report], None] = lambda report: None) -> None:
         """Train to the end, from the checkpoint in `folder` if there is one. `fingerprint` is kept with it."""
-        self.restore(folder)
+        folder.go_on_from(self.restore(folder))
         stream = self._passes()
         while self.progress < 1:
             began = time.perf_counter()
@@ -99,13 +99,14 @@ class Distillation:
             if step % self._config.checkpoint_every == 0 or is_last:
                 folder.save({"fingerprint": fingerprint, **self._state()})
 
-    def restore(self, folder: RunFolder) -> None:
-        """Be where the checkpoint in `folder` was, if there is one."""
+    def restore(self, folder: RunFolder) -> dict[str, Any] | None:
+        """Be where the checkpoint in `folder` was, if there is one, which is returned."""
         if state := folder.load():
             self.position = Position(**state["position"])
             self._student.restore(state["student"])
             self._optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
+        return state
 
     @property
     def progress(self) -> float:

@@ -6,6 +6,7 @@ A folder that is there is replaced only if it is such a folder itself. Refuses e
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -53,11 +54,13 @@ def require_replaceable(folder: Path) -> None:
         raise ConfigError(f"output: {str(folder)!r} - holds something else than a trained drafter (no {HISTORY}). Name another folder.")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output: {str(folder)!r} - is a file")
+    if folder.is_mount():
+        raise ConfigError(f"output: {str(folder)!r} - is mounted, so it cannot be replaced as a whole. Name a folder in it.")
 
 
 def export(student: Student, history: History, target_folder: Path) -> Path:
     """Write the drafter. Raises ConfigError and SourceError; then what was there before is still there."""
-    config, output = history.config, Path(history.config.output)
+    config, output = history.config, Path(history.config.output).resolve()  # a link stays one
     require_replaceable(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,14 +75,29 @@ def export(student: Student, history: History, target_folder: Path) -> Path:
             (temporary / CARD).write_text(card(student, history, passes(temporary, target_folder, config)), "utf-8")
             for file in (temporary, *temporary.iterdir()):  # what is made privately is for everybody in its place
                 file.chmod(0o755 if file.is_dir() else 0o644)
-            if output.exists():
-                shutil.rmtree(output)
-            temporary.rename(output)
+            _replace(output, temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise SourceError(f"{output} cannot be written: {error.strerror}.") from error
     return output
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put a folder in the place of another one, if there is one. Raises OSError; then that one is there again."""
+    for file in new.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    old = folder.with_name(f"{new.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fill(folder: Path, student: Student, config: DistilConfig, target_folder: Path) -> None:

@@ -130,6 +130,8 @@ def test_a_cache_that_does_not_fit_is_refused_instead_of_being_killed(monkeypatc
     assert available_bytes(cpu) == 4 << 30
     (cgroup / "memory.max").write_text("3221225472\n")
     assert available_bytes(cpu) == 2 << 30
+    (cgroup / "memory.stat").write_text("anon 536870912\ninactive_file 402653184\nactive_file 134217728\n")
+    assert available_bytes(cpu) == 5 << 29, "half a GiB is of files that were read, and is let go when it is needed"
     meminfo.unlink()
     (cgroup / "memory.max").unlink()
     assert available_bytes(cpu) is None

@@ -56,6 +56,7 @@ class FakeCore:
         self._num_steps = 0
         self._open: dict[tuple[str, int], Request] = {}
         self._emitted: dict[tuple[str, int], int] = {}
+        self._tell: Callable[[tuple[str, ...]], None] = lambda request_ids: None
 
     @property
     def has_work(self) -> bool:
@@ -68,8 +69,12 @@ class FakeCore:
     def abort(self, request_id: str, choice: int) -> None:
         self._open.pop((request_id, choice), None)
 
+    def watch(self, tell: Callable[[tuple[str, ...]], None]) -> None:
+        self._tell = tell
+
     def step(self) -> StepOutput:
         self._num_steps += 1
+        self._tell(tuple({request_id: None for request_id, _ in list(self._open)[: self.info.max_sequences]}))
         if self._num_steps == self._fails_at:
             raise RuntimeError("boom")
         while self._num_steps == self._sticks_at or any(request.prompt_ids[0] == TRAP for request in self._begun()):

@@ -93,7 +93,7 @@ async def test_a_request_that_hangs_the_engine_is_refused_even_if_nobody_waits_f
     async with started(hasty, delay=0.01) as client:
         async with client.submit(make_request(id="left in peace", prompt=(7,))) as stream:
             await anext(stream)
-        await until(lambda: not client._leaving)
+        await until(lambda: not client._requests.may_be_running())
         async with client.submit(make_request(prompt=(TRAP,), max_tokens=100, num_choices=2)) as stream:
             await anext(stream)
             await asyncio.sleep(0.2)  # it hangs by now

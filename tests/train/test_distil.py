@@ -152,6 +152,28 @@ def test_a_run_that_was_ended_goes_on_bit_for_bit(last: int, plain: DistilConfig
         assert torch.equal(weight, weights(config)[name]), name
 
 
+def test_a_log_that_lost_lines_is_gone_on_with(recipe: Recipe, shards: list[Path]) -> None:
+    """As after a loss of power, whatever it tore apart."""
+    train(config := recipe(training__steps=4), shards)
+    log = Path(config.training.folder) / "log.jsonl"
+    num_lines, content = len(lines(config)), log.read_bytes()
+    log.write_bytes(content[:-20])
+    train(config, shards)
+    assert len(lines(config)) == num_lines - 1
+
+
+def test_an_export_beside_a_training_leaves_its_log_alone(recipe: Recipe, shards: list[Path]) -> None:
+    train(config := recipe(training__steps=4), shards)
+    log = Path(config.training.folder) / "log.jsonl"
+    with log.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "step", "step": 5}\n')  # the training that runs on
+    before = log.read_bytes()
+    distil(config, MATERIAL, shards, "x", Watch(), is_export_only=True)
+    with pytest.raises(ConfigError, match="another recipe"):
+        distil(recipe(training__steps=4, training__learning_rate=0.5), MATERIAL, shards, "x", Watch())
+    assert log.read_bytes() == before
+
+
 def test_kill_9_leaves_no_trace(plain: DistilConfig, recipe: Recipe, shards: list[Path], tmp_path: Path) -> None:
     config = recipe()
     code = """

@@ -65,6 +65,30 @@ def test_what_is_not_a_drafter_is_not_overwritten(recipe: Recipe, shards: list[P
     assert [file.name for file in output.parent.iterdir() if "tmp" in file.name] == []
 
 
+def test_what_was_there_before_stays_until_the_new_one_is(
+    recipe: Recipe, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a link, too, which stays one."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    config = recipe(training__steps=1, output=str(tmp_path / "link"))
+    card = distil(config, MATERIAL, shards, "first", Watch()) / "README.md"
+    assert (tmp_path / "link").is_symlink()
+    assert "`first`" in card.read_text("utf-8")
+    rename = Path.rename
+
+    def refuse(path: Path, to: Path) -> Path:
+        if ".tmp-" in path.name and not path.name.endswith(".old"):
+            raise OSError(28, "No space left on device")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(SourceError, match="cannot be written: No space left on device"):
+        distil(config, MATERIAL, shards, "second", Watch(), is_export_only=True)
+    assert "`first`" in card.read_text("utf-8")
+    assert sorted(file.name for file in tmp_path.iterdir() if "elsewhere" in file.name) == ["elsewhere"]
+
+
 def test_nothing_to_export_is_said(recipe: Recipe, shards: list[Path]) -> None:
     with pytest.raises(ConfigError, match="has no checkpoint to export"):
         distil(recipe(), MATERIAL, shards, "x", Watch(), is_export_only=True)

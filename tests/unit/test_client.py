@@ -44,6 +44,9 @@ class ScriptedCore:
         self.aborted.append((request_id, choice))
         self.open.pop((request_id, choice), None)
 
+    def watch(self, tell: Callable[[tuple[str, ...]], None]) -> None:
+        raise AssertionError("an engine in a thread cannot be lost alone")
+
     def step(self) -> StepOutput:
         self.num_steps += 1
         if self.num_steps == self._fail_at:

@@ -89,6 +89,18 @@ def test_what_was_never_seen_goes_along_once() -> None:
         assert costs.at(rows) == pytest.approx(1.5 * first[rows], rel=0.05)
 
 
+def test_costs_seen_long_ago_go_along_with_those_below() -> None:
+    """Sixteen sequences whose texts grow: a pass with drafts, seen when they were short, would look nearly free by the end."""
+    costs = PassCosts({16: 1.0, 32: 1.2})
+    for _ in range(40):
+        costs.observe(16, 1.0)
+        costs.observe(32, 1.5)
+    for step in range(200):
+        costs.observe(16, 1.0 + step / 400)
+    assert costs.at(16) == pytest.approx(1.5, rel=0.05)
+    assert costs.at(32) / costs.at(16) == pytest.approx(1.5, rel=0.02)
+
+
 def test_costs_can_begin_with_nothing() -> None:
     costs = PassCosts({})
     assert costs.at(5) == 5

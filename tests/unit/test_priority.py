@@ -7,9 +7,8 @@ import pytest
 
 from engine.errors import InvalidRequest
 from engine.request import Request
-from engine.streams import OpenRequests
 from tests.unit.factories import make_request
-from tests.unit.test_admission import ADMISSION, INFO
+from tests.unit.test_admission import ADMISSION
 from tests.unit.test_scheduler import make_scheduler, shape, step
 
 
@@ -61,12 +60,3 @@ def test_any_request_of_32_bits_is_let_in() -> None:
         with pytest.raises(InvalidRequest, match="32 bits") as caught:
             ADMISSION.check(with_priority(priority, make_request()), num_open=0)
         assert caught.value.param == "priority"
-
-
-async def test_those_of_each_priority_may_have_been_running() -> None:
-    requests = OpenRequests(10, lambda request: None, lambda request_id, choice: None)
-    requests.admit_to(INFO)
-    for name, priority in (("a", 0), ("b", 0), ("c", -1), ("d", 0), ("e", -1)):
-        requests.open(with_priority(priority, make_request(id=name)))
-    assert [request.id for request in requests.oldest(1)] == ["a", "c"]
-    assert [request.id for request in requests.oldest(2)] == ["a", "b", "c", "e"]

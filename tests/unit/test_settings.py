@@ -72,7 +72,7 @@ def test_a_deployment_is_frozen(file: Path) -> None:
             "speculation.draft_length: {'policy': 'psychic'} - 'policy' must be one of 'fixed', 'heuristic', 'confidence', 'adaptive'",
         ),
         ("speculation: {draft_length: {max: 4}}", "speculation.draft_length: {'max': 4} - needs 'policy'"),
-        ("speculation: {draft_length: {policy: fixed, max: 99}}", "speculation.draft_length.max: 99 - must be at most 64"),
+        ("speculation: {draft_length: {policy: fixed, max: 99}}", "speculation.draft_length.max: 99 - must be at most 63"),
         (
             "speculation: {draft_length: {policy: heuristic, start: 9}}",
             "speculation.draft_length: {'policy': 'heuristic', 'start': 9} - start is 9 and must be at most max, which is 8",

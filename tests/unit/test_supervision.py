@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from engine.config import MOST_DRAFTS, FixedLengthConfig
 from engine.errors import ContextLengthExceeded, CrashingRequest, EngineDead, EngineError, InvalidRequest, QueueFull, SourceError
-from engine.request import Request, SamplingParams
+from engine.request import Choice, FinishReason, Request, SamplingParams, TokenDelta
+from engine.stats import StepOutput, StepStats
 from engine.streams import OpenRequests
 from engine.supervision import RestartBudget, Supervision, Suspects
-from engine.wire import Add, Failed, Heartbeat, decode_command, decode_report, encode
+from engine.wire import Add, Failed, Heartbeat, Stepped, decode_command, decode_report, encode
 from tests.unit.factories import make_request
 from tests.unit.test_admission import INFO
 
@@ -47,6 +50,17 @@ def test_a_request_is_refused_after_three_losses() -> None:
         suspects.check(make_request(id="d"))
     suspects.check(make_request(prompt=(1, 2)))
     suspects.check(make_request(max_tokens=5))
+
+
+@pytest.mark.parametrize("what", [{"grammar": "a"}, {"prediction_ids": (1,)}, {"choices": (Choice(0), Choice(1))}], ids=str)
+def test_all_that_shapes_an_answer_makes_it_another_request(what: dict[str, Any]) -> None:
+    suspects, plain = Suspects(Supervision(max_losses=1)), make_request()
+    crashing = msgspec.structs.replace(plain, **what)
+    suspects.accuse([crashing])
+    suspects.check(plain)
+    suspects.acquit(plain)
+    with pytest.raises(CrashingRequest):
+        suspects.check(msgspec.structs.replace(crashing, id="again", priority=3, arrived_at=7.0))
 
 
 def test_a_seed_counts_only_where_it_was_given() -> None:
@@ -86,15 +100,49 @@ def test_suspects_are_bounded() -> None:
     assert len(suspects._found) == 3
 
 
-async def test_only_requests_that_could_have_been_running_are_under_suspicion() -> None:
+def test_the_longest_round_fits_a_frame() -> None:
+    """All drafts stand, and the bonus is the drafter's word, too."""
+    longest = FixedLengthConfig(max=MOST_DRAFTS)
+    delta = TokenDelta(request_id="a", choice=0, token_ids=(1,) * (longest.max + 1), drafted_mask=(1 << longest.max + 1) - 1)
+    stats = StepStats(**dict.fromkeys(StepStats.__struct_fields__, 0) | {"draft_lengths": ()})  # type: ignore[arg-type]
+    frame = Stepped(incarnation="i", output=StepOutput(deltas=(delta,), stats=stats))
+    assert decode_report(encode(frame)) == frame
+
+
+async def test_those_that_a_pass_was_begun_for_may_be_running() -> None:
+    """Also where they were given up since; not where they are at their end, or where they only wait."""
     requests = OpenRequests(10, lambda request: None, lambda request_id, choice: None)
     requests.admit_to(INFO)
-    streams = [requests.open(make_request(id=name, num_choices=num)) for name, num in (("a", 1), ("b", 2), ("c", 1))]
-    assert [r.id for r in requests.oldest(1)] == ["a"]
-    assert [r.id for r in requests.oldest(2)] == ["a", "b"]
-    assert [r.id for r in requests.oldest(3)] == ["a", "b"]
-    streams[0].abort(0)
-    assert [r.id for r in requests.oldest(3)] == ["b", "c"]
+
+    def running() -> list[str]:
+        return [request.id for request in requests.may_be_running()]
+
+    streams = {name: requests.open(make_request(id=name, num_choices=num)) for name, num in (("a", 1), ("b", 2), ("c", 1), ("d", 1))}
+    assert running() == []
+    requests.note_running(("b", "c"))
+    assert running() == ["b", "c"]
+    requests.deliver([TokenDelta(request_id="c", choice=0, token_ids=(), finish_reason=FinishReason.STOP)])
+    streams["b"].abort(0)
+    streams["b"].abort(1)
+    streams["d"].abort(0)
+    assert running() == ["b"]
+    requests.note_running(("a", "d"))
+    assert running() == ["a", "d"], "it was given up when its pass was about to begin"
+    requests.note_running(())
+    assert running() == []
+
+
+async def test_a_grammar_is_made_ready_before_its_request_runs() -> None:
+    requests = OpenRequests(10, lambda request: None, lambda request_id, choice: None)
+    requests.admit_to(INFO)
+    info = msgspec.structs.replace(INFO, has_grammars=True)
+    requests.admit_to(info)
+    for name in ("first", "second"):
+        requests.open(msgspec.structs.replace(make_request(id=name), grammar="{}"))
+    assert [request.id for request in requests.may_be_running()] == ["first", "second"]
+    requests.note_running(("first",))
+    requests.note_running(("other",))
+    assert [request.id for request in requests.may_be_running()] == ["second"]
 
 
 async def test_a_stream_of_a_lost_engine_aborts_nothing_in_the_next_one() -> None:

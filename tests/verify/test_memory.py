@@ -134,7 +134,7 @@ def test_more_is_tried_again_later_and_less_often_where_that_was_in_vain() -> No
     def steps_until(more_than: float) -> int:
         num = 0
         while bound.now <= more_than:
-            bound.note_good(64)
+            bound.note_good(int(min(bound.now, 64)), 64)
             num += 1
         return num
 
@@ -157,9 +157,51 @@ def test_the_halvings_of_one_descent_cost_no_patience() -> None:
         tried = int(bound.now)
     assert bound.now == 1
     while bound.now < limit:
-        bound.note_good(limit)
+        bound.note_good(int(bound.now), limit)
         num += 1
     assert num <= 8 * 8, "eight doublings, each as soon as at first"
+
+
+@pytest.mark.parametrize("wall", [256, 100])
+def test_a_wall_is_met_ever_more_seldom(wall: int) -> None:
+    """Also where only the deployment's own limit is too much."""
+    bound, limit, num_failed = StepBound(), 256, 0
+    for _ in range(2000):
+        tried = int(min(bound.now, limit))
+        if tried >= wall:
+            assert bound.shrink(tried)
+            num_failed += 1
+        else:
+            bound.note_good(tried, limit)
+    assert num_failed < 12
+
+
+def test_small_steps_do_not_prove_that_large_ones_fit() -> None:
+    bound = StepBound()
+    assert bound.shrink(200)
+    for _ in range(1000):
+        bound.note_good(3, 256)
+    assert bound.now == 100
+
+
+def test_what_memory_was_like_is_forgotten_in_the_end() -> None:
+    bound, limit = StepBound(), 256
+
+    def steps_until_all() -> int:
+        num = 0
+        while bound.now < limit:
+            bound.note_good(int(bound.now), limit)
+            num += 1
+        return num
+
+    bound.shrink(limit)
+    first = steps_until_all()
+    bound.shrink(limit)
+    assert steps_until_all() == 2 * first
+    for _ in range(1000):
+        bound.note_good(limit, limit)
+    bound.shrink(limit)
+    assert steps_until_all() == first
 
 
 # ---------------------------------------------------------------------- behind the clients
