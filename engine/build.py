@@ -149,7 +149,7 @@ def assemble(config: EngineConfig, target: Member, drafter: Member | None = None
         distributions=distributions,
         verifier=VERIFIERS[config.speculation.verification](extras.rules),
         max_drafter_tokens=config.engine.max_drafter_tokens or config.engine.max_step_tokens,
-        is_lost=automata.is_broken,
+        followed=automata,
         without_drafts=WithoutDrafts(PassCosts(costs.target, costs.target_rows)),
         let_go=partial(_let_go, [running, *([drafting] if drafting else [])]),
     )

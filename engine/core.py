@@ -18,7 +18,7 @@ from engine.draft.worth import StepWork, WithoutDrafts
 from engine.model.memory import ADVICE, is_out_of_memory
 from engine.model.runner import ModelRunner
 from engine.model.source import first_line
-from engine.plan import DraftBatch, Drafter, Logprobs, RowBatch, StepPlan, StepTiming, Verdict
+from engine.plan import DraftBatch, Drafter, Followed, Logprobs, RowBatch, StepPlan, StepTiming, Verdict
 from engine.request import Request, TokenDelta
 from engine.sampling.distributions import Distributions
 from engine.sampling.logprobs import logprobs_of
@@ -42,7 +42,7 @@ class Parts:
     distributions: Distributions
     verifier: Verifier
     max_drafter_tokens: int
-    is_lost: Callable[[Sequence], bool]  # nothing can follow a sequence
+    followed: Followed
     without_drafts: WithoutDrafts = field(default_factory=WithoutDrafts)
     let_go: Callable[[], None] = lambda: None  # of memory that is kept for the next step
 
@@ -117,7 +117,7 @@ class EngineCore:
             plan = StepPlan(()) if given_up else parts.scheduler.schedule()
         if ran.plan.chunks:
             parts.scheduler.policy.observe_step(_timing(ran, clock))
-        deltas = given_up + parts.scheduler.commit(ran.plan, ran.drafts, ran.verdict, ran.logprobs, parts.is_lost)
+        deltas = given_up + parts.scheduler.commit(ran.plan, ran.drafts, ran.verdict, ran.logprobs, parts.followed)
         self._observe(ran)
         if not self.has_work:
             self._told = ()  # whoever listens takes an idle engine's silence for an end of that

@@ -184,6 +184,26 @@ class Foresight(Protocol):
         """The sequence has left the engine."""
 
 
+class Followed(Protocol):
+    """Says where nothing can follow a text, as where its grammar has come to a place that it does not lead out of."""
+
+    def is_broken(self, seq: Sequence) -> bool:
+        """Whether nothing can follow the sequence."""
+
+    def num_standing(self, seq: Sequence, token_ids: ListLike[int]) -> int:
+        """How many of these tokens of a round stand: all, or those up to one that nothing can follow. At least one."""
+
+
+class AnyText:
+    """Anything can follow."""
+
+    def is_broken(self, seq: Sequence) -> bool:
+        return False
+
+    def num_standing(self, seq: Sequence, token_ids: ListLike[int]) -> int:
+        return len(token_ids)
+
+
 class Drafter(Protocol):
     """Proposes tokens. Its state per sequence, if any, is keyed by the Sequence and ends with `forget`."""
 

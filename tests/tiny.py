@@ -42,7 +42,7 @@ from engine.model.paged import kv_bytes_per_token
 from engine.model.stack import DecoderStack
 from engine.model.state_adapter import AdapterWeights, StateAdapter
 from engine.plan import LogitsProcessor, RawRows, RowBatch, Rule
-from engine.request import Request, Round, TokenLogprobs
+from engine.request import FinishReason, Request, Round, TokenLogprobs
 from engine.stats import StepStats
 from engine.verify.rules import RULES
 from tests.reference import NaiveCopying, NaiveModel, Row
@@ -312,6 +312,7 @@ class Outcome:
     tokens: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=lambda: defaultdict(tuple))
     logprobs: dict[tuple[str, int], tuple[TokenLogprobs, ...]] = field(default_factory=lambda: defaultdict(tuple))
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = field(default_factory=lambda: defaultdict(tuple))
+    reasons: dict[tuple[str, int], FinishReason] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     steps: list[StepStats] = field(default_factory=list)
 
@@ -336,6 +337,8 @@ def drive(core: EngineCore, requests: Iterable[Request], max_steps: int = 3000) 
                 assert not delta.token_ids, "a delta with two purposes"
                 assert delta.finish_reason is None
                 outcome.prompt_logprobs[delta.request_id] += delta.prompt_logprobs
+            if delta.finish_reason:
+                outcome.reasons[delta.request_id, delta.choice] = delta.finish_reason
             if delta.round:
                 outcome.rounds.append(delta.round)
         for seq, work in oldest:

@@ -276,7 +276,7 @@ def _confidences(logits: Tensor, total: Tensor | None) -> list[float]:
     `total` [N] are the logarithms of the rows' sums of exponentials, if they are known. None is above 1, as those of foreseen drafts are.
     """
     largest = logits.softmax(-1).amax(-1) if total is None else (logits.amax(-1) - total).exp().clamp(max=1)
-    found: list[float] = largest.tolist()
+    found: list[float] = largest.nan_to_num(nan=0.0).tolist()  # a model that overflows is sure of nothing
     return found
 
 

@@ -141,7 +141,7 @@ class _Run:
     path: list[int] = field(default_factory=list)  # then these: committed ones, and drafts that may still be rejected
     masks: dict[int, Mask] = field(default_factory=dict)  # by the number of tokens in front
     is_broken: bool = False
-    renewed_at: int = -1  # tokens of the answer at the last new beginning: one that brought nothing is the last
+    dead: tuple[int, list[int]] | None = None  # tokens of the answer, and the drafts behind them that nothing can follow
 
 
 class Automata:
@@ -191,16 +191,20 @@ class Automata:
 
     def mask(self, seq: Sequence, drafts: ListLike[int]) -> Mask | None:
         """What may follow the sequence and these drafts; None where there is no grammar or no telling, since a draft cannot stand."""
-        run = self._at(seq, drafts)
-        if run is None:
-            return None
-        place = run.num_settled + len(run.path)
-        if place not in run.masks:
+        is_renewed = False
+        while (run := self._at(seq, drafts)) is not None:
+            place = run.num_settled + len(run.path)
+            if place in run.masks:
+                return run.masks[place]
             mask = self._read(run.matcher, seq)
-            if run.matcher.is_error() or next(_set_bits(mask), self._vocab_size) >= self._vocab_size:
-                return self.mask(seq, drafts) if self._renew(run, seq) else None
-            run.masks[place] = mask
-        return run.masks[place]
+            if not run.matcher.is_error() and next(_set_bits(mask), self._vocab_size) < self._vocab_size:
+                run.masks[place] = mask
+                return mask
+            if is_renewed:
+                self._end_behind(run, seq, drafts)
+            else:
+                is_renewed = self._renew(run, seq)
+        return None
 
     def next(self, seq: Sequence, drafts: ListLike[int]) -> int | None:
         """The one token that may follow, if it is only one."""
@@ -215,6 +219,11 @@ class Automata:
         run = self._runs.get(seq)
         return seq in self._lost or (run is not None and run.is_broken)
 
+    def num_standing(self, seq: Sequence, token_ids: ListLike[int]) -> int:
+        """How many of a round's tokens are those of the grammar. Behind a draft that nothing can follow, no token is."""
+        run = self._runs.get(seq)
+        return len(run.dead[1]) if run and run.dead and _is_dead(run, seq, token_ids) else len(token_ids)
+
     def _at(self, seq: Sequence, drafts: ListLike[int]) -> _Run | None:
         """The run of a sequence, moved behind these drafts; None where it cannot be."""
         if seq.request.grammar is None or seq in self._lost:
@@ -226,15 +235,26 @@ class Automata:
             except NotCompiled as error:
                 self._lose(seq, error)
                 return None
-        if run.is_broken:
+        if run.is_broken or _is_dead(run, seq, drafts):
             return None
         is_there = _moved(run, seq, drafts)
         if run.matcher.is_error() or _is_behind(run, seq):  # not even what was emitted can be read
             if not self._renew(run, seq):
                 return None
             is_there = _moved(run, seq, drafts)
+            if run.matcher.is_error():
+                self._end_behind(run, seq, drafts)
+                return None
         _settle(run, seq)
         return run if is_there else None
+
+    def _end_behind(self, run: _Run, seq: Sequence, drafts: ListLike[int]) -> None:
+        """Nothing can follow, not even for a parser that begins anew. Behind drafts that is no matter before they stand: without them the
+        answer might have gone elsewhere."""
+        if drafts:
+            run.dead = _num_answered(seq), list(drafts)
+        else:
+            run.is_broken = True
 
     def _renew(self, run: _Run, seq: Sequence) -> bool:
         """Begin anew with the parser, which others may have worn out: copies share states, and these are limited. False if that does not
@@ -249,8 +269,7 @@ class Automata:
             self._lose(seq, error)
             return False
         run.num_settled, run.path, run.masks = len(answer), [], {}
-        run.is_broken = run.renewed_at == len(answer) or run.matcher.try_consume_tokens(answer) < len(answer) or run.matcher.is_error()
-        run.renewed_at = len(answer)
+        run.is_broken = run.matcher.try_consume_tokens(answer) < len(answer) or run.matcher.is_error()
         return not run.is_broken
 
     def _copy(self, grammar: str) -> LLMatcher:
@@ -287,9 +306,18 @@ def _set_bits(mask: Mask) -> Iterator[int]:
     return (8 * i + bit for i, byte in enumerate(mask) if byte for bit in range(8) if byte >> bit & 1)
 
 
+def _num_answered(seq: Sequence) -> int:
+    return len(seq.tokens) - len(seq.request.prompt_ids)
+
+
 def _is_behind(run: _Run, seq: Sequence) -> bool:
     """Whether something that was emitted has not been read."""
-    return run.num_settled + len(run.path) < len(seq.tokens) - len(seq.request.prompt_ids)
+    return run.num_settled + len(run.path) < _num_answered(seq)
+
+
+def _is_dead(run: _Run, seq: Sequence, drafts: ListLike[int]) -> bool:
+    """Whether nothing can follow these drafts, or some of them."""
+    return run.dead is not None and run.dead[0] == _num_answered(seq) and list(drafts[: len(run.dead[1])]) == run.dead[1]
 
 
 def _moved(run: _Run, seq: Sequence, drafts: ListLike[int]) -> bool:
@@ -309,7 +337,7 @@ def _moved(run: _Run, seq: Sequence, drafts: ListLike[int]) -> bool:
 
 def _settle(run: _Run, seq: Sequence) -> None:
     """Forget how emitted tokens were reached."""
-    num_new = min(len(seq.tokens) - len(seq.request.prompt_ids) - run.num_settled, len(run.path))
+    num_new = min(_num_answered(seq) - run.num_settled, len(run.path))
     if num_new > 0:
         del run.path[:num_new]
         run.num_settled += num_new

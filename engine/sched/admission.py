@@ -45,6 +45,8 @@ class Admission:
             )
         if any(token < 0 for token in sampling.stop_token_ids):
             raise InvalidRequest("A token id is at least 0.", "stop_token_ids")
+        if sampling.min_tokens and len({token for token in sampling.stop_token_ids if token < info.vocab_size}) == info.vocab_size:
+            raise InvalidRequest("min_tokens forbids stop tokens at first, and every token is one.", "min_tokens")
         if not -MAX_PRIORITY - 1 <= request.priority <= MAX_PRIORITY:
             raise InvalidRequest(f"priority is {request.priority} and must have 32 bits.", "priority")
         if len(request.prompt_ids) + sampling.max_tokens > info.max_model_len:

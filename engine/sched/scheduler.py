@@ -16,13 +16,15 @@ from __future__ import annotations
 import time
 from bisect import insort_left, insort_right
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from engine.kv.block_pool import BlockPool, Model
-from engine.plan import Chunk, DraftBatch, DraftLengthPolicy, Logprobs, RowsWanted, StepPlan, Verdict
-from engine.request import FinishReason, Request, Round, TokenDelta, TokenLogprobs
+from engine.plan import AnyText, Chunk, DraftBatch, DraftLengthPolicy, Followed, Logprobs, RowsWanted, StepPlan, Verdict
+from engine.request import FinishReason, Request, TokenDelta, TokenLogprobs
 from engine.sched.bound import StepBound
+from engine.sched.emission import Emission, emission_of, ended, scored
 from engine.sequence import Sequence
 
 
@@ -249,7 +251,7 @@ class Scheduler:
         """End an answer of which not even one token can be run."""
         self.running.remove(seq)
         self._retire(seq)
-        return _ended(seq, FinishReason.MEMORY)
+        return ended(seq, FinishReason.MEMORY)
 
     # ------------------------------------------------------------------ committing
     def commit(
@@ -258,13 +260,13 @@ class Scheduler:
         drafts: DraftBatch,
         verdict: Verdict,
         logprobs: Logprobs | None = None,
-        is_lost: Callable[[Sequence], bool] = lambda seq: False,
+        followed: Followed | None = None,
     ) -> list[TokenDelta]:
         """Append what was emitted, roll back what was rejected, publish full blocks, free what has ended.
 
-        `is_lost` says of a sequence that nothing can follow it.
+        `followed` says where nothing can follow.
         """
-        deltas, row, logprobs = list[TokenDelta](), 0, logprobs or Logprobs()
+        deltas, row, logprobs, followed = list[TokenDelta](), 0, logprobs or Logprobs(), followed or AnyText()
         if plan.chunks:
             self.bound.note_good(_num_run(plan), self._limits.max_step_tokens)
         for index, chunk in enumerate(plan.chunks):
@@ -274,11 +276,15 @@ class Scheduler:
             seq.num_drafter_calls += drafts.num_calls[index]
             if scores := logprobs.prompts.get(seq):
                 seq.num_scored += len(scores)
-                deltas.append(_scored(seq, scores))
+                deltas.append(scored(seq, scores))
             reason = None
             if chunk.completes:
-                own = logprobs.emitted[row] if logprobs.emitted else ()
-                delta = _ended(seq, FinishReason.ERROR) if is_lost(seq) else self._emit(seq, drafts, verdict, row, own)
+                if followed.is_broken(seq):
+                    delta = ended(seq, FinishReason.ERROR)
+                else:
+                    what = emission_of(seq, drafts, verdict, row, followed)
+                    confidences = drafts.confidences[row] if drafts.confidences else ()
+                    delta = self._emit(seq, what, confidences, logprobs.emitted[row] if logprobs.emitted else ())
                 deltas.append(delta)
                 reason, row = delta.finish_reason, row + 1
             seq.drafter_computed = min(drafts.drafter_computed[index], seq.num_computed)  # rollback moves two pointers
@@ -291,31 +297,18 @@ class Scheduler:
                 self._retire(seq)
         return deltas
 
-    def _emit(self, seq: Sequence, drafts: DraftBatch, verdict: Verdict, row: int, logprobs: tuple[TokenLogprobs, ...]) -> TokenDelta:
-        """Append the accepted window, cut at the first stop token, and the KV with it. Nothing for whoever wants the prompt to be run."""
-        sampling = seq.request.sampling
-        emitted = verdict.token_ids[row] if sampling.max_tokens else ()
-        assert len(emitted) <= seq.num_remaining
-        stop = next((i for i, token in enumerate(emitted) if token in sampling.stop_token_ids), None)
-        kept = emitted if stop is None else emitted[: stop + 1]
-        seq.tokens.extend(kept)
-        seq.num_computed += min(verdict.num_accepted[row], len(kept))
-        reason = FinishReason.STOP if stop is not None else FinishReason.LENGTH if seq.num_remaining == 0 else None
-        # drafts behind an end token could never be emitted, whatever the rule says: they are counted nowhere
-        num_draft = drafts.lengths[row] if stop is None else min(drafts.lengths[row], len(kept))
-        num_accepted = min(verdict.num_accepted[row], num_draft)
-        self.policy.observe(seq, num_draft, num_accepted, drafts.confidences[row] if drafts.confidences else ())
-        mask = (1 << num_draft) - 1
-        predicted = drafts.predicted_masks[row] & mask if drafts.predicted_masks else 0
-        became = Round(num_draft, num_accepted, verdict.deferred_masks[row] & mask, verdict.lossy_masks[row] & mask, predicted)
+    def _emit(self, seq: Sequence, what: Emission, confidences: ListLike[float], logprobs: tuple[TokenLogprobs, ...]) -> TokenDelta:
+        seq.tokens.extend(what.token_ids)
+        seq.num_computed += what.num_computed
+        self.policy.observe(seq, what.became.num_draft, what.became.num_accepted, confidences)
         return TokenDelta(
             request_id=seq.request.id,
             choice=seq.choice.index,
-            token_ids=kept,
-            finish_reason=reason,
-            round=became if num_draft else None,
-            logprobs=logprobs[: len(kept)],
-            drafted_mask=_drafted_mask(verdict, row) & ((1 << len(kept)) - 1),
+            token_ids=what.token_ids,
+            finish_reason=what.reason,
+            round=what.became if what.became.num_draft else None,
+            logprobs=logprobs[: len(what.token_ids)],
+            drafted_mask=what.drafted_mask,
             num_cached_tokens=seq.num_cached or 0,
             queue_seconds=seq.queue_seconds,
             num_target_calls=seq.num_target_calls,
@@ -365,19 +358,3 @@ def _priority(seq: Sequence) -> int:
 def _num_run(plan: StepPlan) -> int:
     """Tokens of the pass, drafts that it has room for included."""
     return sum(chunk.num_tokens + chunk.max_draft for chunk in plan.chunks)
-
-
-def _scored(seq: Sequence, scores: tuple[TokenLogprobs, ...]) -> TokenDelta:
-    """What became known of a prompt."""
-    return TokenDelta(request_id=seq.request.id, choice=seq.choice.index, token_ids=(), prompt_logprobs=scores)
-
-
-def _ended(seq: Sequence, reason: FinishReason) -> TokenDelta:
-    """The end of an answer that cannot go on."""
-    return TokenDelta(request_id=seq.request.id, choice=seq.choice.index, token_ids=(), finish_reason=reason)
-
-
-def _drafted_mask(verdict: Verdict, row: int) -> int:
-    """Bit i: the drafter wrote token i of what was emitted."""
-    num_accepted = verdict.num_accepted[row]
-    return (1 << num_accepted) - 1 | verdict.bonus_is_drafted[row] << num_accepted

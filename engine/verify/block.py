@@ -29,15 +29,26 @@ class BlockVerifier(Verifier):
     numbers_are_by_round = True
 
     def _decide(self, window: Window, pi: Mixture) -> tuple[Tensor, Tensor, Tensor]:
-        pi_rows, q_rows = pi.full(window.everywhere), window.q_rows(window.everywhere)
-        weight = self._weights(window, pi_rows)  # [R] b_i at the row behind i drafts
-        rest = (weight.unsqueeze(-1) * pi_rows - q_rows).clamp(min=0)
-        num_accepted = self._longest(window, weight, rest.sum(-1))
+        pi_rows = pi.full(window.everywhere)
+        num_accepted, rest = self._passing(window, pi_rows)
         last = window.starts + num_accepted
         is_bonus = num_accepted == window.lengths
         weights = torch.where((is_bonus | (rest[last].sum(-1) <= 0)).unsqueeze(-1), pi_rows[last], rest[last])
         token = draw(weights, window.uniforms(Purpose.RECOVER, last))
         return num_accepted, token, torch.zeros_like(is_bonus)
+
+    def _falls(self, window: Window, pi: Mixture) -> Tensor:
+        """As the Verifier's: here the same coins, looked at together with p for pi."""
+        if not pi.cascading:
+            return torch.zeros_like(window.is_draft)
+        num_exact, _ = self._passing(window, window.p.probs)
+        return (window.offsets >= num_exact[window.owner]) & ~window.is_given
+
+    def _passing(self, window: Window, pi_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] how many drafts stand; and [R, V] what is left for the token behind i drafts, max(0, b_i * pi - q)."""
+        weight = self._weights(window, pi_rows)  # [R] b_i at the row behind i drafts
+        rest = (weight.unsqueeze(-1) * pi_rows - window.q_rows(window.everywhere)).clamp(min=0)
+        return self._longest(window, weight, rest.sum(-1)), rest
 
     def _weights(self, window: Window, pi_rows: Tensor) -> Tensor:
         """b_0 = 1, b_{i+1} = min(1, b_i * pi(x_i) / q(x_i))."""

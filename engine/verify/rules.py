@@ -42,7 +42,7 @@ class Lossy(_Cascade):
 
     pi = min(q, p / (1 - alpha)) + R * norm(max(0, p - q)), R being what the first term leaves to 1. alpha in [0, 1]: 0 is the target, 1 the
     drafter. Needs q. On a greedy row, whose q and p are one-hot, a ratio is 0 or 1 at any lenience; there a draft stands if the target
-    finds it at least 1 - alpha times as likely as its favourite.
+    finds it at least 1 - alpha times as likely as its favourite; none at 0, where penalties may have made another token the most likely.
 
     Source: Leviathan et al. (2023), appendix A.5; Tran-Thien, "An Optimal Lossy Variant of Speculative Decoding" (2023); beta as in the
     code of Narasimhan et al.
@@ -51,7 +51,7 @@ class Lossy(_Cascade):
     is_lenient = True
 
     def keep(self, raw: RawRows, alpha: Tensor) -> Tensor:
-        return raw.is_greedy & (raw.p >= (1 - alpha) * raw.p.amax(-1, keepdim=True))
+        return raw.is_greedy & (alpha > 0) & (raw.p >= (1 - alpha) * raw.p.amax(-1, keepdim=True))
 
 
 class Chow(_Cascade):

@@ -82,15 +82,19 @@ class Verifier:
         stands = window.offsets < num_accepted[window.owner]
         is_verified = window.is_draft & (window.offsets <= num_accepted[window.owner])
         kept = pi.keep_at(window.everywhere, window.drafted)
-        lossy = torch.zeros_like(stands)
+        return is_verified & ~kept & ~window.is_given, stands & self._falls(window, pi)
+
+    def _falls(self, window: Window, pi: Mixture) -> Tensor:
+        """[R] whether the same coin rejects a draft under exact; False where no cascade judges it."""
+        falls = torch.zeros_like(window.is_draft)
         if rows := [r for r in window.draft_rows(is_dense=True) if r in pi.cascading]:
             dense = to_device(rows, window.device)
             x = window.drafted[dense]
-            lossy[dense] = window.uniforms(Purpose.ACCEPT, dense) * window.q_at(dense, x) >= window.p_at(dense, x)
+            falls[dense] = window.uniforms(Purpose.ACCEPT, dense) * window.q_at(dense, x) >= window.p_at(dense, x)
         if rows := [r for r in window.draft_rows(is_dense=False) if r in pi.cascading]:
             blind = to_device(rows, window.device)
-            lossy[blind] = draw(window.p.probs[blind], window.uniforms(Purpose.RECOVER, blind)) != window.drafted[blind]
-        return is_verified & ~kept & ~window.is_given, stands & lossy
+            falls[blind] = draw(window.p.probs[blind], window.uniforms(Purpose.RECOVER, blind)) != window.drafted[blind]
+        return falls
 
 
 def _to_host(window: Window, num_accepted: Tensor, token: Tensor, is_drafted: Tensor, deferred: Tensor, lossy: Tensor) -> Verdict:

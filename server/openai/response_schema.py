@@ -112,7 +112,7 @@ class TokenOrigin(BaseModel):
 
     token_id: int
     text: str = Field(description="what it adds to the text; empty within a character, and for an end token")
-    by: Literal["drafter", "target"] = Field(description="drafter: its word stands; target: it was drawn after a rejection, or undrafted")
+    by: Literal["drafter", "target"] = Field(description="drafter: its word stands; target: drawn after a rejection, undrafted, or foreseen by prediction or grammar")
     lossy: bool = Field(description="the drafter's word stands although exact verification would have rejected it")
     role: TokenRole = Field(
         description="accepted: a draft that stands; recovered: drawn where a draft was rejected; bonus: behind drafts that all stand; "

@@ -116,6 +116,25 @@ def test_a_grammar_that_cannot_be_followed_breaks_its_sequence_alone() -> None:
     assert not automata.is_broken(seq)
 
 
+def test_a_place_behind_a_draft_that_leads_nowhere_breaks_nothing_before_it_stands() -> None:
+    """No token has the letter that must follow x; the answer may still go elsewhere, or take x and end there."""
+    automata, seq = Automata(VOCABULARY, SIZE), sequence("(a|bx[YZ])*")
+    for _ in range(2):  # whoever drafts asks, and then whoever verifies
+        assert allowed(automata, seq, ids("a")) == {0, 1, END}
+        assert automata.mask(seq, ids("abx")) is None
+        assert automata.mask(seq, ids("abxa")) is None
+        assert allowed(automata, seq, ids("ab")) == {ord("x") - ord("a")}
+    assert not automata.is_broken(seq)
+    assert automata.num_standing(seq, ids("aba")) == 3, "another draft fell in front of it"
+    assert automata.num_standing(seq, ids("abxa")) == 3
+    seq.tokens.extend(ids("aa"))
+    assert automata.num_standing(seq, ids("abxa")) == 4, "it is about another place now"
+    assert allowed(automata, seq, []) == {0, 1, END}
+    seq.tokens.extend(ids("bx"))
+    assert automata.mask(seq, []) is None
+    assert automata.is_broken(seq)
+
+
 # ---------------------------------------------------------------------- predictions
 @pytest.mark.parametrize("seed", range(30))
 def test_an_answer_is_read_along_its_prediction_as_the_oracle_does(seed: int) -> None:

@@ -277,6 +277,34 @@ def test_counts_of_deferred_and_lossy_kept_drafts() -> None:
         assert (verdict.num_accepted, verdict.deferred_masks, verdict.lossy_masks) == ((accepted,), (deferred,), (lossy,)), rule
 
 
+@pytest.mark.parametrize("verifier", [Verifier, BlockVerifier])
+@pytest.mark.parametrize("rule", ["exact", "keep_none", "lossy"])
+def test_where_pi_is_p_nothing_is_lossy_kept(rule: str, verifier: type[Verifier]) -> None:
+    """However many windows are looked at, and whoever foresaw drafts of them."""
+    rng, num_accepted = torch.Generator().manual_seed(1), 0
+    for seed in range(60):
+        q, p = (torch.softmax(torch.randn(3, 4, generator=rng, dtype=torch.float64), -1) for _ in range(2))
+        ids = torch.tensor([[int(torch.multinomial(q[i], 1, generator=rng)) for i in range(2)]])
+        kinds = [[QKind.DENSE, QKind.GIVEN if seed % 3 == 0 else QKind.DENSE, QKind.DENSE]]
+        batch = DraftBatch((2,), ids, kinds, Rows(q.unsqueeze(0), q.log().unsqueeze(0), None), (0,), (False,), (0,))
+        rows = RowBatch((sequence(rule, 0.0, seed),) * 3, (0, 1, 2), (0, 0, 0), ids)
+        verdict = verifier(TEST_RULES).verify(batch, Rows(p, p.log(), None), rows)
+        num_accepted += verdict.num_accepted[0]
+        assert verdict.lossy_masks == (0,)
+    assert num_accepted > 20
+
+
+def test_a_block_that_is_kept_whole_is_lossy_where_the_same_coins_would_not_have() -> None:
+    q_logits = torch.log(torch.tensor([[[0.9, 0.05, 0.05]] * 3], dtype=torch.float64))
+    p_logits = torch.log(torch.tensor([[0.001, 0.5, 0.499]] * 3, dtype=torch.float64))
+    ids = torch.tensor([[0, 0]])
+    batch = DraftBatch((2,), ids, [[QKind.DENSE] * 3], Rows(q_logits.exp(), q_logits, None), (0,), (False,), (0,))
+    for rule, accepted, lossy in (("exact", 0, 0), ("keep_none", 0, 0), ("keep_all", 2, 0b11)):
+        rows = RowBatch((sequence(rule),) * 3, (0, 1, 2), (0, 0, 0), ids)
+        verdict = BlockVerifier(TEST_RULES).verify(batch, Rows(p_logits.exp(), p_logits, None), rows)
+        assert (verdict.num_accepted, verdict.lossy_masks) == ((accepted,), (lossy,)), rule
+
+
 def test_lossy_kept_drafts_without_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     """x is drawn from pi; the draft is lossy-kept where the same number would have drawn another token from p."""
     monkeypatch.setattr("engine.verify.window.uniforms", lambda keys, positions, purpose: torch.full(keys.shape, 0.8).double())

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import Literal
 
 import msgspec
 import pytest
+from llguidance import LLMatcher
 
 from engine.config import AdaptiveLengthConfig, ConfidenceLengthConfig, FixedLengthConfig, HeuristicLengthConfig, LengthConfig
-from engine.request import Choice, Request, SamplingParams, SpeculationParams
+from engine.request import Choice, FinishReason, Request, SamplingParams, SpeculationParams
 from tests.reference import DRAFT, RECOVER, NaiveModel, answer, model_alone, softmax
 from tests.tiny import (
+    END,
     ForbidByPosition,
     PenaliseRepeats,
     Setup,
@@ -52,6 +55,31 @@ CASES = [
     for policy in POLICIES
     if setup.drafter == "model" or (policy.policy != "confidence" and (setup.drafter == "ngram" or policy is POLICIES[0]))
 ]
+
+
+@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize("drafter", ["model", "ngram"])
+def test_an_answer_ends_where_its_grammar_leads_nowhere_whatever_is_drafted(
+    drafter: str, verification: Literal["token", "block"]
+) -> None:
+    """A grammar may allow a token behind which no token of the model is allowed. A draft that comes upon it, and falls, is no end."""
+    grammar = LLMatcher.grammar_from_regex("([a-k]|[l-w]Z)*")  # no token has a Z
+    asked = [
+        Request(
+            id=f"d{i}",
+            prompt_ids=prompt(i),
+            grammar=grammar,
+            sampling=SamplingParams(max_tokens=8, temperature=i % 2, seed=i, is_seeded=verification == "token", stop_token_ids=(END,)),
+        )
+        for i in range(24)
+    ]
+    if verification == "block":  # whose text is another one at each length, but where it is greedy
+        asked = [request for request in asked if request.sampling.is_greedy]
+    none, some = (
+        drive(make_core(Setup(drafter=drafter, policy=FixedLengthConfig(max=most), verification=verification)), asked) for most in (0, 3)
+    )
+    assert (some.tokens, some.reasons) == (none.tokens, none.reasons)
+    assert FinishReason.ERROR in none.reasons.values()
 
 
 def drafter_of(setup: Setup) -> NaiveModel | None:

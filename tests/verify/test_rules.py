@@ -11,7 +11,7 @@ import torch
 
 from engine.config import FixedLengthConfig, RuleName
 from engine.dials import DIALS
-from engine.request import Request, SpeculationParams
+from engine.request import Request, SamplingParams, SpeculationParams
 from engine.verify.rules import RULES
 from tests.reference import DRAFT, KEEPS, NEEDS_NO_Q, Pair, answer, model_alone, pi_of, softmax
 from tests.tiny import Setup, drive, make_core, naive_drafter, naive_target
@@ -63,6 +63,22 @@ def test_at_one_end_the_drafter_writes_alone(rule: str, max_draft: int) -> None:
 def test_at_the_other_end_the_text_is_that_of_exact(rule: str) -> None:
     asked = seeded_under(rule, DIALS[rule].target_at)
     want = {(r.id, 0): answer(msgspec.structs.replace(r, speculation=SpeculationParams()), naive_target(), naive_drafter()) for r in asked}
+    assert drive(make_core(Setup()), asked).tokens == want
+
+
+@pytest.mark.parametrize("rule", CASCADES)
+def test_at_that_end_penalties_and_biases_count(rule: str) -> None:
+    """Rules compare rows in front of them; greedy, the target's favourite there need not be the token that it takes."""
+    asked = [
+        Request(
+            id=f"g{i}",
+            prompt_ids=requests.prompt(i),
+            sampling=SamplingParams(max_tokens=12, temperature=0.0, **requests.wishes(i, every=1)),
+            speculation=SpeculationParams(rule=rule, alpha=DIALS[rule].target_at),
+        )
+        for i in range(24)
+    ]
+    want = {(r.id, 0): answer(msgspec.structs.replace(r, speculation=SpeculationParams()), naive_target()) for r in asked}
     assert drive(make_core(Setup()), asked).tokens == want
 
 
