@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from benchmarks.turns import Sides, compare, in_turns
 from engine.model.runner import ModelRunner, Passed
 from engine.plan import DraftBatch, StepPlan
 from engine.request import Request, SamplingParams
-from server.structure import Checker, Structure, grammar_of_structure
+from server.grammar_checker import Checker
+from server.structure import Structure, grammar_of_structure
 
 _FILE, _OLD, _NEW = Path(engine.sched.scheduler.__file__), "_leaders", "_ahead"  # 300 lines in which a name is changed
 _TASK = "Write the scheduler of an inference engine, with its waiting and running sequences, in Python."
@@ -85,8 +87,8 @@ def schema(setting: Setting) -> Measured:
     """Tokens a second of one stream that is held to a schema over those of the same prompts without."""
     program = engine_program(setting.engine(EXACT))
     encoder, prompts, num_tokens = PromptEncoder(program.info.target_path), built_in(setting.size(10, 2)), setting.size(128, 12)
-    checker = Checker(Path(program.info.target_path), program.info.end_token_ids)
-    grammar = asyncio.run(grammar_of_structure(Structure("json", _CARD, "schema"), checker))
+    with closing(Checker(Path(program.info.target_path), program.info.end_token_ids)) as checker:
+        grammar = asyncio.run(grammar_of_structure(Structure("json", _CARD, "schema"), checker))
 
     def asked(ids: tuple[int, ...], grammar: str | None) -> Run:
         sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, stop_token_ids=program.info.end_token_ids)

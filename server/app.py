@@ -25,13 +25,13 @@ from server.body import BodyBounds, BodyLimit
 from server.deps import Serving, config_labels
 from server.dialect import dialect_of
 from server.drain import Draining
+from server.grammar_checker import Checker
 from server.keys import BearerAuth, digests_of
 from server.metrics import Metrics
 from server.openai import cascade, chat, completions, models, tokenize
 from server.record import Objectives
 from server.rootpath import RootPath
 from server.settings import Deployment, ServerSettings
-from server.structure import Checker
 from server.text import TextTokenizer
 from server.traces import NoTraces, Traces
 

@@ -17,6 +17,7 @@ _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 _SHARE = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)  # finer where something is wrong
 _BATCH = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 _ALPHA = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 2, 5)
+LARGEST_ALPHA = 10.0  # larger dials count as this
 
 MODEL = ("model",)
 ASKED = ("model", "preset")
@@ -193,7 +194,10 @@ _SPECULATION: Mapping[str, Entry] = {
         _SHARE,
     ),
     "request_alpha": Entry(
-        "histogram", JUDGED, "The dial that an answer was made with; rules that have none are at 0, and so are negative dials", _ALPHA
+        "histogram",
+        JUDGED,
+        "The dial that an answer was made with: from 0, as where a rule has none or it is negative, to 10",
+        _ALPHA,
     ),
 }
 

@@ -109,6 +109,8 @@ def hash_key() -> None:
     key = (getpass("API key: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
     if not key:
         raise typer.BadParameter("standard input holds no key")
+    if key.startswith(DIGEST):
+        raise typer.BadParameter(f"no key begins with {DIGEST}: this is a digest already, or would be taken for one")
     print(f"{DIGEST}{digest_of(key).hex()}")  # noqa: T201
 
 

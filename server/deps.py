@@ -14,9 +14,9 @@ from engine.stats import EngineInfo
 from server.dialect import Dialect
 from server.drain import Draining
 from server.errors import NotLoaded, ShuttingDown
+from server.grammar_checker import Checker
 from server.metrics import Metrics
 from server.settings import Deployment
-from server.structure import Checker
 from server.text import TextTokenizer
 from server.traces import NoTraces, Traces
 

@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 from engine.request import Round
 from engine.stats import StepStats
-from server.catalogue import CATALOGUE, VLLM_NAMES
+from server.catalogue import CATALOGUE, LARGEST_ALPHA, VLLM_NAMES
 from server.exposition import Writer
 from server.record import ChoiceRecord, Objectives, num_verified
 
@@ -212,7 +212,8 @@ class RequestMetrics:
         self._sums["target_calls"] += record.num_target_calls
         self._sums["drafter_calls"] += record.num_drafter_calls
         self._sums["saved_target_calls"] += record.num_saved_calls
-        self._of_rule["request_alpha"].observe(max(0.0, alpha))  # a sum that falls would look like a restart
+        # a sum that falls would look like a restart, and some dials have no end: one 1e300 would be all that is ever seen
+        self._of_rule["request_alpha"].observe(min(max(0.0, alpha), LARGEST_ALPHA))
         if (share := record.distinct_share) is not None:
             self._of_rule["request_distinct_share"].observe(share)
         if record.num_draft_tokens:

@@ -128,7 +128,7 @@ def _asked(job: Job, operation: str) -> dict[str, AttributeValue]:
         "gen_ai.request.stream": job.is_stream,
     }
     if sampling.is_seeded:  # else it is the server's own
-        asked["gen_ai.request.seed"] = sampling.seed
+        asked["gen_ai.request.seed"] = sampling.seed if sampling.seed < 1 << 63 else str(sampling.seed)  # the protocol's numbers end there
     return asked
 
 

@@ -1,7 +1,7 @@
 """What an answer must be, as a grammar for the engine: JSON of a schema, one of some texts, a match of an expression, a text of a grammar.
 
-Every grammar is a text in llguidance's dialect of Lark whose first rule is `start`. It is checked here, so that whoever asks for what
-cannot be held to is told before anything runs.
+Every grammar is a text in llguidance's dialect of Lark whose first rule is `start`. It is made and checked in a process of its own
+(grammar_checker.py), so that whoever asks for what cannot be held to is told before anything runs, and keeps nobody else.
 
 JSON is one line, with a blank or nothing behind each comma and colon, whichever a model is used to, and nothing elsewhere, unless a
 client wishes it otherwise: white space costs tokens, and where any amount of it is allowed, an unsure model goes on with it for ever.
@@ -12,26 +12,18 @@ each case 70 of 80 values are right. Compact JSON alone is 520 tokens, and 62 ar
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from llguidance import LLMatcher, grammar_from
-
 from engine.errors import InvalidRequest
-from engine.grammar.automaton import Vocabulary
+from server.grammar_checker import Checker
 
 # Separators are expressions. The library has no white space in front of them this way.
 _LIGHT: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-_ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _LONGEST_REASON = 500  # characters of an explanation
-_NUM_CHECKED = 256
 
 
 @dataclass(frozen=True)
@@ -44,40 +36,13 @@ class Structure:
     white_space: str | None = None  # between JSON's signs, as an expression; None: a blank behind a comma and a colon, or none
 
 
-class Checker:
-    """Says of grammars whether answers of a model can be held to them, over the model's own tokens."""
-
-    def __init__(self, folder: Path, end_token_ids: tuple[int, ...]):
-        """`folder` holds the model's tokenizer. It is read here: that takes half a second in which nobody else runs."""
-        self._vocabulary = Vocabulary.from_folder(folder, end_token_ids)
-        self._known: OrderedDict[str, str] = OrderedDict()  # mistakes, the newest last
-        self._worker = ThreadPoolExecutor(1, "grammar-check")  # one at a time: nobody's schemas take the cores of all others
-
-    async def mistake_in(self, grammar: str) -> str:
-        """In the library's words; "" for none. Takes a millisecond, or a second for something monstrous: so it has a thread."""
-        known = self._known.get(grammar)
-        return known if known is not None else await asyncio.get_running_loop().run_in_executor(self._worker, self._check, grammar)
-
-    def close(self) -> None:
-        """End the thread."""
-        self._worker.shutdown(wait=False)
-
-    def _check(self, grammar: str) -> str:
-        if (known := self._known.get(grammar)) is not None:  # another request has asked meanwhile
-            return known
-        mistake = "this model's tokens cannot be read" if self._vocabulary is None else self._vocabulary.mistake_in(grammar)
-        self._known[grammar] = mistake
-        if len(self._known) > _NUM_CHECKED:
-            self._known.popitem(last=False)
-        return mistake
-
-
 async def grammar_of_structure(structure: Structure, checker: Checker) -> str:
     """The engine's grammar. Raises InvalidRequest with the reason, naming the field."""
-    grammar = _MAKERS[structure.kind](structure)
-    if mistake := await checker.mistake_in(grammar):
-        raise _refused(structure, mistake)
-    return grammar
+    checked = await checker.made(structure.kind, structure.value, structure.white_space)
+    if checked.mistake:
+        told = checked.mistake.partition("\n   1 | start:")[0].removeprefix("at 1(8): ")  # that line is ours, and tells a client nothing
+        raise InvalidRequest(f"Answers cannot be held to this {structure.kind}: {told[:_LONGEST_REASON]}", structure.param)
+    return checked.grammar
 
 
 def json_of(schema: Mapping[str, Any], is_lenient: bool = False, white_space: str | None = None) -> str:
@@ -92,37 +57,5 @@ def with_start(grammar: str, name: str) -> str:
     return _TEXT_OR_START.sub(lambda match: name if match[0] == "start" else match[0], grammar)
 
 
-_TEXT_OR_START = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|\bstart\b')
-
-
-def _json(structure: Structure) -> str:
-    schema = _ANY_OBJECT if structure.value is None else structure.value
-    if isinstance(schema, bool):
-        if not schema:
-            raise _refused(structure, "the schema false allows nothing")
-        schema = {}
-    return f"start: {json_of(schema, white_space=structure.white_space)}\n"
-
-
-def _regex(structure: Structure) -> str:
-    escaped: str = json.loads(LLMatcher.grammar_from_regex(structure.value))["grammars"][0]["lark_grammar"]
-    return escaped
-
-
-def _choice(structure: Structure) -> str:
-    return grammar_from("choice", json.dumps(structure.value))
-
-
-def _grammar(structure: Structure) -> str:
-    try:
-        return grammar_from("grammar", structure.value)
-    except (ValueError, RecursionError) as error:
-        raise _refused(structure, str(error)) from error
-
-
-_MAKERS: Mapping[str, Callable[[Structure], str]] = {"json": _json, "regex": _regex, "choice": _choice, "grammar": _grammar}
-
-
-def _refused(structure: Structure, reason: str) -> InvalidRequest:
-    told = reason.partition("\n   1 | start:")[0].removeprefix("at 1(8): ")  # the first line is ours, and tells a client nothing
-    return InvalidRequest(f"Answers cannot be held to this {structure.kind}: {told[:_LONGEST_REASON]}", structure.param)
+NO_STRINGS = re.compile(r'"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\\n])+/[a-z]*|//[^\n]*')  # texts, expressions and comments of a grammar
+_TEXT_OR_START = re.compile(NO_STRINGS.pattern + r"|\bstart\b")

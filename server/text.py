@@ -263,6 +263,9 @@ def _ids(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> l
     return ids
 
 
+_SIZE_OF_NUMBER = 4
+
+
 def texts_in(value: Any) -> Iterator[str]:
     """All texts in something that was JSON, keys included."""
     if isinstance(value, str):
@@ -274,6 +277,15 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from texts_in(part)
+
+
+def size_of(value: Any) -> int:
+    """About the characters of something that was JSON."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(key) + size_of(part) for key, part in value.items())
+    return sum(map(size_of, value)) if isinstance(value, list) else _SIZE_OF_NUMBER
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -12,6 +12,7 @@ from hashlib import sha256
 from typing import Any
 
 from engine.errors import InvalidRequest
+from server.body import check_shape
 from server.deps import Serving
 from server.dialect import Dialect
 from server.openai.schema import ChatBody, ChatMessage
@@ -22,6 +23,7 @@ from server.reasoning import Phase, phase_behind, phase_within
 from server.template import OWN_VARIABLES, Turn
 from server.tools.formats import Function, ToolFormat, ToolUse
 
+_LONG_ARGUMENTS = 1 << 16  # characters of all calls; what is shorter is read in a few milliseconds, whatever it says
 _LONGEST_MARK = 32  # tokens at the end of a prompt that are enough to hold one
 
 
@@ -87,7 +89,14 @@ def _turn(body: ChatBody, tools: tuple[dict[str, Any], ...]) -> Turn:
     variables = body.chat_template_kwargs or {}
     if taken := sorted(OWN_VARIABLES & variables.keys()):
         raise InvalidRequest(f"{taken[0]} has a field of its own, or is not implemented.", f"chat_template_kwargs.{taken[0]}")
-    return Turn(opens_answer=opens is not False, continues_last=continues, tools=tools, variables=variables)
+    return Turn(opens_answer=opens is not False, continues_last=continues, tools=tools, variables=_effort(body) | variables)
+
+
+def _effort(body: ChatBody) -> dict[str, Any]:
+    """What templates call a wish for more or less thinking. Nothing for one that is not there."""
+    if body.reasoning_effort is None:
+        return {}
+    return {"reasoning_effort": body.reasoning_effort} | ({"enable_thinking": False} if body.reasoning_effort == "none" else {})
 
 
 # ---------------------------------------------------------------------- tools
@@ -138,6 +147,10 @@ def _messages(messages: Sequence[ChatMessage], form: ToolFormat | None) -> list[
     """As templates know them. Raises InvalidRequest."""
     called: set[str] = set()
     told = []
+    # JSON within JSON: the body's own bounds took it for text
+    arguments = [call.function.arguments for message in messages for call in message.tool_calls or ()]
+    if sum(map(len, arguments)) > _LONG_ARGUMENTS:
+        check_shape(b"[" + ",".join(filter(str.strip, arguments)).encode("utf-8", "replace") + b"]")
     for i, message in enumerate(messages):
         place = f"messages.{i}"
         _check_message(message, place, called)

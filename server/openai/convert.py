@@ -31,7 +31,7 @@ from server.openai.held import Held, held_of, held_to_structure
 from server.openai.schema import ChatBody, CompletionBody, GenerationBody, Speculation
 from server.openai.shape import structure_of
 from server.openai.values import Body
-from server.text import LONG_TEXT, texts_in
+from server.text import LONG_TEXT, size_of
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ async def chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
 
 async def text_prompt(text: str, serving: Serving, adds_special: bool) -> list[int]:
     """The prompt of a completion, for whoever wants no answer to it."""
-    return await _tokenised(lambda: serving.tokenizer.encode(text, serving.info.max_model_len, adds_special), len(text))
+    return await tokenised(lambda: serving.tokenizer.encode(text, serving.info.max_model_len, adds_special), len(text))
 
 
 def _conversation(body: ChatBody, serving: Serving) -> Conversation:
@@ -116,8 +116,8 @@ def _conversation(body: ChatBody, serving: Serving) -> Conversation:
 
 async def _rendered(conversation: Conversation, serving: Serving) -> list[int]:
     messages, turn = conversation.messages, conversation.turn
-    length = sum(len(text) for part in conversation.parts for text in texts_in(part))
-    return await _tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
+    length = sum(map(size_of, conversation.parts))
+    return await tokenised(lambda: serving.tokenizer.encode_chat(messages, serving.info.max_model_len, turn), length)
 
 
 async def completion_job(body: CompletionBody, serving: Serving) -> Job:
@@ -127,7 +127,7 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     _check(body, serving, num_prompts=len(body.prompt))
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
-    prompts = await _tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
+    prompts = await tokenised(lambda: [encode(prompt, limit) if isinstance(prompt, str) else prompt for prompt in body.prompt], length)
     _check_scored(body, prompts)
     held = await held_to_structure(structure_of(body), serving)
     job = _job(body, serving, _Asked(prompts, held), ignored, arrived_at)
@@ -136,7 +136,7 @@ async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     # ids beyond the limit are refused soon, and need no text
     echoes = [_Echoed(prompt, ids[:limit]) for prompt, ids in zip(body.prompt, prompts, strict=True)]
     work = length * (8 if job.scores_prompts else 1)  # to find tokens in their text takes longer than to read it
-    return replace(job, echoes=await _tokenised(lambda: tuple(echoed.echo(serving, job.scores_prompts) for echoed in echoes), work))
+    return replace(job, echoes=await tokenised(lambda: tuple(echoed.echo(serving, job.scores_prompts) for echoed in echoes), work))
 
 
 def _check_scored(body: CompletionBody, prompts: Sequence[Sequence[int]]) -> None:
@@ -171,7 +171,7 @@ def header_safe(names: Sequence[str], limit: int = 1024) -> str:
     return value if len(value) <= limit else value[: value.rindex(",", 0, limit) if "," in value[:limit] else limit] + ",..."
 
 
-async def _tokenised(work: Callable[[], T], length: int) -> T:
+async def tokenised(work: Callable[[], T], length: int) -> T:
     """Tokenise here if it is quicker than a thread would take it over, in a thread if it would hold up the streams of others."""
     return await asyncio.to_thread(work) if length > LONG_TEXT else work()
 
@@ -219,7 +219,7 @@ async def _predicted(body: ChatBody, serving: Serving) -> tuple[int, ...]:
     if body.prediction is None or not body.prediction.content:
         return ()
     text, limit = body.prediction.content, serving.info.max_model_len
-    ids = await _tokenised(lambda: serving.tokenizer.encode_text(text, limit), len(text))
+    ids = await tokenised(lambda: serving.tokenizer.encode_text(text, limit), len(text))
     if len(ids) > limit:
         raise InvalidRequest(f"The prediction has {len(ids)} tokens; no answer of this model has more than {limit}.", "prediction")
     return tuple(ids)
@@ -343,6 +343,8 @@ def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
         names |= dict.fromkeys(_unused(body.stream_options, "stream_options."))
     if isinstance(body, ChatBody) and body.prediction is not None and serving.info.drafter == "none":
         names["prediction"] = None  # nothing is drafted here
+    if isinstance(body, ChatBody) and body.reasoning_effort is not None and not _minds_effort(body.reasoning_effort, serving):
+        names["reasoning_effort"] = None
     if names and serving.deployment.server.unused_fields == "refuse":
         name = next(iter(names))
         raise InvalidRequest(f"{name} changes nothing on this server, which refuses such fields (server.unused_fields).", name)
@@ -354,6 +356,12 @@ def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
                 quote(name, errors="replace"),
             )
     return tuple(names)
+
+
+def _minds_effort(effort: str, serving: Serving) -> bool:
+    """Whether the model's template asks how much it is to think, or, where that is not at all, whether."""
+    source = serving.tokenizer.template_source or ""
+    return "reasoning_effort" in source or (effort == "none" and "enable_thinking" in source)
 
 
 def _parts(body: ChatBody) -> Iterator[tuple[str, Body]]:

@@ -27,11 +27,13 @@ async def held_of(structure: Structure | None, conversation: Conversation, readi
     shape = await held_to_structure(structure, serving)
     calls = await _calls(structure, conversation, reading, serving)
     may_write = conversation.use is None or conversation.use.mode == "auto"
-    held = _either(calls, shape) if calls and shape and may_write else calls or shape
+    held = await _sound(_either(calls, shape), serving) if calls and shape and may_write else calls or shape
     if held is None or reading is None or reading.reasoning is None or reading.phase not in (Phase.BEFORE, Phase.THINKING):
         return held
     ids = serving.tokenizer.added_ids((reading.reasoning.opening, reading.reasoning.closing))
-    return replace(held, grammar=behind_thinking(held.grammar, reading.reasoning, reading.phase is Phase.THINKING, ids))
+    return await _sound(
+        replace(held, grammar=behind_thinking(held.grammar, reading.reasoning, reading.phase is Phase.THINKING, ids)), serving
+    )
 
 
 async def held_to_structure(structure: Structure | None, serving: Serving) -> Held | None:
@@ -57,6 +59,13 @@ async def _calls(structure: Structure | None, conversation: Conversation, readin
     if mistake := await serving.grammars.mistake_in(grammar):
         raise InvalidRequest(f"Calls cannot be held to these tools: {mistake[:500]}", "tools")
     return Held(grammar, ("tools",))
+
+
+async def _sound(held: Held, serving: Serving) -> Held:
+    """What is put together of sound parts may still be too much, or have two rules of one name."""
+    if mistake := await serving.grammars.mistake_in(held.grammar):
+        raise InvalidRequest(f"Answers cannot be held to this together with the model's thinking or tools: {mistake[:500]}", held.params[0])
+    return held
 
 
 def _grammar_of_calls(form: ToolFormat, use: ToolUse, serving: Serving) -> str | None:

@@ -112,7 +112,7 @@ class TokenOrigin(BaseModel):
 
     token_id: int
     text: str = Field(description="what it adds to the text; empty within a character, and for an end token")
-    by: Literal["drafter", "target"] = Field(description="drafter: its word stands; target: drawn after a rejection, undrafted, or foreseen by prediction or grammar")
+    by: Literal["drafter", "target"] = Field(description="drafter: its word stands; target: drawn from its row, or foreseen")
     lossy: bool = Field(description="the drafter's word stands although exact verification would have rejected it")
     role: TokenRole = Field(
         description="accepted: a draft that stands; recovered: drawn where a draft was rejected; bonus: behind drafts that all stand; "

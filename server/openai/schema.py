@@ -193,6 +193,9 @@ class ChatBody(GenerationBody):
     continue_final_message: bool | None = Field(
         None, description="true: the answer writes the last message on, which must be the assistant's"
     )
+    reasoning_effort: str | None = Field(
+        None, max_length=32, description="handed to the model's chat template, where that asks for it; none: without thinking"
+    )
     chat_template_kwargs: Variables | None = Field(None, max_length=64, description="further variables for the model's chat template")
     logprobs: bool | None = Field(None, description="true: say of each token how likely the target itself found it")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="and of so many others; wants logprobs")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from engine.errors import InvalidRequest
 from server.deps import Served, Serving
 from server.errors import UnknownModel
-from server.openai.convert import chat_prompt, text_prompt
+from server.openai.convert import chat_prompt, text_prompt, tokenised
 from server.openai.schema import INT_MAX, MAX_MESSAGES, ChatBody, ChatMessage, TokenId
 from server.openai.values import Body, Text
 
@@ -71,7 +71,7 @@ async def detokenize(body: DetokenizeBody, serving: Served) -> Prompt:
     size = serving.info.vocab_size
     if (wrong := next((token_id for token_id in body.tokens if token_id >= size), None)) is not None:
         raise InvalidRequest(f"Token id {wrong} is outside the vocabulary of {size} tokens.", "tokens")
-    return Prompt(prompt=serving.tokenizer.text_of(body.tokens))
+    return Prompt(prompt=await tokenised(lambda: serving.tokenizer.text_of(body.tokens), len(body.tokens)))
 
 
 @chat_router.post("/chat/completions/input_tokens")

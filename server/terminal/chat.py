@@ -83,6 +83,7 @@ def _take(line: str, client: Client, session: Session, terminal: Terminal) -> No
 def _answer(prompt: str, client: Client, session: Session, terminal: Terminal) -> str:
     """Print an answer as it comes. Ctrl-C stops it; what came stands."""
     parts: list[str] = []
+    shown: list[str] = []
     usage: Usage | None = None
     metrics: Metrics | None = None
     with closing(client.stream(session.body(prompt))) as chunks:  # type: ignore[type-var]  # a generator, which can be closed
@@ -90,29 +91,37 @@ def _answer(prompt: str, client: Client, session: Session, terminal: Terminal) -
             for chunk in chunks:
                 usage, metrics = chunk.usage or usage, chunk.metrics or metrics
                 parts.append(chunk.content)
-                _print(chunk, terminal.answers)
+                shown.append(_print(chunk, terminal.answers, any(shown)))
         except KeyboardInterrupt:
             if not terminal.is_interactive:
                 raise
             terminal.answers.out("")
             terminal.remark("Stopped.")
             return "".join(parts)
+    answer, told = "".join(parts), "".join(shown)
+    if told and answer.startswith(told):  # text without a token, such as what was held back at a cut
+        _out(answer[len(told) :], terminal.answers)
     terminal.answers.out("")
     if terminal.is_interactive and usage is not None and metrics is not None:
         terminal.remark(figures_of(usage, metrics))
     return "".join(parts)
 
 
-def _print(chunk: Chunk, console: Console) -> None:
-    """The tokens of a chunk in their colours; on anything but a terminal, its text."""
-    shown = 0
-    for token in chunk.tokens if console.is_terminal else ():
-        console.out(token.text.translate(_HARMLESS), style=KINDS[kind_of(token)][0] or None, end="", highlight=False)
-        shown += len(token.text)
-    rest = chunk.content[shown:]
-    if rest:
-        console.out(rest.translate(_HARMLESS) if console.is_terminal else rest, end="", highlight=False)
+def _print(chunk: Chunk, console: Console, has_tokens: bool) -> str:
+    """The tokens of a chunk in their colours; on anything but a terminal, and where a server tells of no tokens, its text. Returns the text
+    of the tokens: a chunk's content need not be theirs, since the server holds back what may become a mark."""
+    tokens = chunk.tokens if console.is_terminal else ()
+    for token in tokens:
+        _out(token.text, console, KINDS[kind_of(token)][0])
+    if not tokens and not has_tokens:
+        _out(chunk.content, console)
     console.file.flush()
+    return "".join(token.text for token in tokens)
+
+
+def _out(text: str, console: Console, style: str = "") -> None:
+    if text:
+        console.out(text.translate(_HARMLESS) if console.is_terminal else text, style=style or None, end="", highlight=False)
 
 
 def kind_of(token: Origin) -> str:

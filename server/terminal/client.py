@@ -123,6 +123,8 @@ class Client:
     def __init__(self, url: str, api_key: str | None):
         if not url.startswith(("http://", "https://")):
             raise ChatError(f"--url: {url} - must begin with http:// or https://")
+        if api_key is not None and not api_key.isascii():
+            raise ChatError("The API key has characters that no header can carry; name another with --api-key-env")
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx2.Timeout(CONNECT_SECONDS, read=None)  # an answer may wait in the queue; the server's comments keep it open

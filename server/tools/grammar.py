@@ -35,20 +35,20 @@ def tool_grammar(form: ToolFormat, use: ToolUse, ids: Ids) -> str | None:
 def behind_thinking(grammar: str, form: ReasoningFormat, is_open: bool, ids: Ids) -> str:
     """The same grammar for what stands behind the thinking. `is_open`: the prompt has begun it; else the model may begin it, or not.
 
-    Works on any grammar that has no rule beginning with `thought`.
+    Works on any grammar that has no rule beginning with `cascade`.
     """
-    thought = "thought THOUGHT_SPACE" if is_open else "(THOUGHT_SPACE thought_opening thought THOUGHT_SPACE)?"
+    space, thought = "CASCADE_SPACE", "cascade_thought"
     lines = [
-        f"start: {thought} thought_of",
-        f"thought: {_up_to(form.closing, 'THOUGHT', 'thought_head', ids)}",
-        f"thought_head[lazy]: THOUGHT {_quoted(form.closing)}",
-        r"THOUGHT: /(.|\n)*/",
-        r"THOUGHT_SPACE: /[ \n]{0,4}/",
+        f"start: {thought} {space} cascade_rest" if is_open else f"start: ({space} cascade_opening {thought} {space})? cascade_rest",
+        f"{thought}: {_up_to(form.closing, 'CASCADE_ANY', 'cascade_head', ids)}",
+        f"cascade_head[lazy]: CASCADE_ANY {_quoted(form.closing)}",
+        r"CASCADE_ANY: /(.|\n)*/",
+        rf"{space}: /[ \n]{{0,4}}/",
     ]
     if not is_open:
-        lines += [f"thought_opening: {_mark(form.opening, 'thought_opening_text', ids)}"]
-        lines += [f"thought_opening_text[lazy]: {_quoted(form.opening)}"]
-    return _lark([*lines, with_start(grammar, "thought_of")])
+        lines += [f"cascade_opening: {_mark(form.opening, 'cascade_opening_text', ids)}"]
+        lines += [f"cascade_opening_text[lazy]: {_quoted(form.opening)}"]
+    return _lark([*lines, with_start(grammar, "cascade_rest")])
 
 
 # ---------------------------------------------------------------------- shapes

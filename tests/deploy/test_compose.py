@@ -104,7 +104,7 @@ def test_secrets_are_files_that_are_made(name: str, secrets: Path) -> None:
 def test_variables_are_known_to_the_server() -> None:
     known = {f"CASCADE_{key.upper()}" for key in ServerSettings.model_fields} | OTHER_VARIABLES
     used = {name for name in SERVICES["cascade"]["environment"] if name.startswith("CASCADE_")}
-    assert used == {"CASCADE_API_KEYS_FILE"}
+    assert used == {"CASCADE_API_KEYS_FILE", "CASCADE_ROOT_PATH", "CASCADE_TRUSTED_PROXIES"}
     if not used <= known:
         pytest.skip("this version of the server reads no file of keys")
 
@@ -129,7 +129,9 @@ def test_another_deployment_is_chosen_by_a_variable() -> None:
 
 def test_the_gpus_file_changes_what_it_must() -> None:
     service = read("deploy/compose.gpu.yml")["services"]["cascade"]
-    assert service["build"]["args"] == {"TORCH_INDEX": ""}
+    assert service["build"]["args"] == {"TORCH_INDEX": "", "PACKAGES": "gcc libc6-dev"}
+    for name, value in service["build"]["args"].items():
+        assert re.search(rf'--build-arg {name}="?{value}"? ', (ROOT / "Dockerfile").read_text("utf-8")), "as the Dockerfile says"
     assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     assert service["image"] != SERVICES["cascade"]["image"]
 

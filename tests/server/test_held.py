@@ -76,6 +76,9 @@ async def test_thinking_stands_in_front_of_either(thinking: Served) -> None:
     assert open_.takes("<think>b</think>aab")
     assert not open_.takes("<think>b</think>b")
     assert not (await held(thinking, guided_choice=["start", "stop"])).takes("<think></think>thought")
+    assert (await held(thinking, guided_grammar='start: thought THOUGHT\nthought: "x"\nTHOUGHT: "y"')).takes("<think>b</think>xy")
+    error = error_of(await thinking.chat(guided_grammar='start: cascade_head\ncascade_head: "x"'), 400)
+    assert "together with" in error["message"], "and not in the middle of an answer"
 
 
 async def test_a_grammar_of_ones_own_cannot_go_with_tools(calling: Served) -> None:

@@ -86,7 +86,8 @@ def test_a_digest_must_be_one() -> None:
 
 def test_hash_key_prints_what_a_file_takes() -> None:
     assert CliRunner().invoke(program, ["hash-key"], input="hashed\n").stdout == f"{DIGEST}\n"
-    assert CliRunner().invoke(program, ["hash-key"], input="\n").exit_code == 2
+    for wrong in ("\n", "sha256:zz\n", f"sha256:{'0' * 64}\n"):
+        assert CliRunner().invoke(program, ["hash-key"], input=wrong).exit_code == 2
 
 
 # ---------------------------------------------------------------------- CORS

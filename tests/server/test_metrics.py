@@ -109,6 +109,16 @@ async def test_what_runs_is_said(folder: Path) -> None:
     assert found["cascade_objective_seconds"] == {(("objective", "first_token"),): 2, (("objective", "per_token"),): 0.05}
 
 
+async def test_a_dial_without_end_does_not_drown_the_others(folder: Path) -> None:
+    async with serve(folder, rules=("exact", "opt")) as served:
+        served.answer_with(parts=ROUNDS)
+        for _ in range(2):
+            response = await served.complete([5, 6, 7], speculation={"rule": "opt", "alpha": 1e308})
+            assert response.status_code == 200, response.text
+        found = await values(served)
+    assert sum(found["cascade_request_alpha_sum"].values()) == 20
+
+
 async def test_vllms_names_are_there_when_asked_for(folder: Path) -> None:
     async with serve(folder, make_deployment(vllm_metric_names=True)) as served:
         served.answer_with(parts=ROUNDS)

@@ -165,6 +165,15 @@ async def test_a_template_may_open_the_thinking(tmp_path: Path) -> None:
         message = (await served.chat()).json()["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == ("hello", "world")
         answer = (await served.chat(chat_template_kwargs={"enable_thinking": False})).json()
+        prompt = served.prompt()
+        response = await served.chat(reasoning_effort="none")
+        assert served.prompt() == prompt
+        assert "x-cascade-ignored" not in response.headers
+        response = await served.chat(reasoning_effort="high")
+        assert served.prompt() != prompt
+        assert response.headers["x-cascade-ignored"] == "reasoning_effort", "this template knows no degrees"
+        await served.chat(reasoning_effort="none", chat_template_kwargs={"enable_thinking": True})
+        assert served.prompt() != prompt, "who says it by its name is heard"
         assert answer["choices"][0]["message"]["content"] == "hello\n</think>\n\nworld", "the prompt has closed the thinking"
         assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
         begun = [*USER, {"role": "assistant", "content": "<think>hel"}]
@@ -223,10 +232,10 @@ async def test_a_grammar_begins_behind_the_thinking(tmp_path: Path) -> None:
         return text
 
     async with serve(write_folder(tmp_path, WITH_TOOLS)) as served:
-        assert (await grammar(served)).startswith("start: (THOUGHT_SPACE thought_opening")
+        assert (await grammar(served)).startswith("start: (CASCADE_SPACE cascade_opening")
     opens = "{%- if tools %}{{ '<tool_call>' }}{% endif %}" + OPENS
     async with serve(write_folder(tmp_path, opens)) as served:
-        assert (await grammar(served)).startswith("start: thought THOUGHT_SPACE")
+        assert (await grammar(served)).startswith("start: cascade_thought CASCADE_SPACE")
         closed = await grammar(served, chat_template_kwargs={"enable_thinking": False})
         assert closed.startswith("start: opening")
 

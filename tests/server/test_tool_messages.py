@@ -81,6 +81,13 @@ async def test_messages_that_cannot_be(hermes: Served, messages: Any, param: str
         assert "tool_calls" in error["message"]
 
 
+async def test_arguments_are_bounded_as_a_body_is(hermes: Served) -> None:
+    """They are JSON in a text, so the body's own bounds do not see them; all calls together count."""
+    many = json.dumps({"a": [0] * 400_000})
+    messages = [{"role": "assistant", "tool_calls": [call(id=f"call_{i}", arguments=many) for i in range(4)]}]
+    assert "too many values" in error_of(await hermes.chat(messages=messages, tools=TOOLS), 400)["message"]
+
+
 async def test_messages_with_calls_that_may_be(hermes: Served) -> None:
     for message in (
         {"role": "assistant", "content": None, "refusal": "No."},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.structure import Checker as Asked
+from server.grammar_checker import Checker as Asked
 from server.structure import Structure, grammar_of_structure
 from server.tools.formats import FORMATS, Function, ToolUse
 from server.tools.grammar import tool_grammar
@@ -33,7 +34,8 @@ COMPACT = json.dumps(VALUE, separators=(",", ":"))
 
 async def checker(folder: Path, **how: Any) -> Checker:
     structure = Structure("json", SCHEMA, "response_format", **how)
-    return Checker(PLAIN, await grammar_of_structure(structure, Asked(folder, (END,))))
+    with closing(Asked(folder, (END,))) as asked:
+        return Checker(PLAIN, await grammar_of_structure(structure, asked))
 
 
 async def test_a_blank_or_nothing_behind_commas_and_colons(folder: Path) -> None:

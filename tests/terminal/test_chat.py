@@ -12,13 +12,16 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
 from engine.errors import QueueFull
 from engine.request import Round
-from server.terminal.chat import Terminal
+from server.terminal.chat import Terminal, _print
+from server.terminal.client import Chunk
 from server.text import TextTokenizer
 from tests.fakes import Part
 from tests.server.conftest import Served, make_deployment, serve_socket, until
@@ -197,6 +200,24 @@ def test_what_a_server_says_cannot_command_the_terminal() -> None:
     console = Console(file=written, force_terminal=True)
     Terminal(sys.stdin, console, console).remark("no model \x1b]0;owned\x07 here")
     assert "no model ␛]0;owned␇ here" in written.getvalue()
+
+
+def test_text_that_was_held_back_is_not_printed_twice() -> None:
+    """A server tells of a token when it comes, and of its text when it is sure that no mark begins with it."""
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, color_system=None)
+    chunks = [("", "\n<tho"), ("", "rough"), ("\n<thorough> yes", "> yes"), (" indeed", "")]
+    shown = ""
+    for content, token in chunks:
+        made = {"choices": [{"delta": {"content": content}, "provenance": [_token(token)] if token else []}]}
+        shown += _print(msgspec.convert(made, Chunk), console, bool(shown))
+    assert (written.getvalue(), shown) == ("\n<thorough> yes",) * 2
+    _print(msgspec.convert({"choices": [{"delta": {"content": "plain"}}]}, Chunk), console, has_tokens=False)
+    assert written.getvalue().endswith("yesplain"), "of a server that tells of no tokens"
+
+
+def _token(text: str) -> dict[str, Any]:
+    return {"text": text, "by": "target", "lossy": False, "role": "recovered"}
 
 
 async def test_what_a_model_writes_cannot_command_the_terminal(served: Served, tokenizer: TextTokenizer) -> None:

@@ -285,7 +285,7 @@ def test_where_pi_is_p_nothing_is_lossy_kept(rule: str, verifier: type[Verifier]
     for seed in range(60):
         q, p = (torch.softmax(torch.randn(3, 4, generator=rng, dtype=torch.float64), -1) for _ in range(2))
         ids = torch.tensor([[int(torch.multinomial(q[i], 1, generator=rng)) for i in range(2)]])
-        kinds = [[QKind.DENSE, QKind.GIVEN if seed % 3 == 0 else QKind.DENSE, QKind.DENSE]]
+        kinds: list[list[int]] = [[QKind.DENSE, QKind.GIVEN if seed % 3 == 0 else QKind.DENSE, QKind.DENSE]]
         batch = DraftBatch((2,), ids, kinds, Rows(q.unsqueeze(0), q.log().unsqueeze(0), None), (0,), (False,), (0,))
         rows = RowBatch((sequence(rule, 0.0, seed),) * 3, (0, 1, 2), (0, 0, 0), ids)
         verdict = verifier(TEST_RULES).verify(batch, Rows(p, p.log(), None), rows)

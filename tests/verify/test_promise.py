@@ -59,9 +59,7 @@ CASES = [
 
 @pytest.mark.parametrize("verification", ["token", "block"])
 @pytest.mark.parametrize("drafter", ["model", "ngram"])
-def test_an_answer_ends_where_its_grammar_leads_nowhere_whatever_is_drafted(
-    drafter: str, verification: Literal["token", "block"]
-) -> None:
+def test_an_answer_ends_where_its_grammar_leads_nowhere_whatever_is_drafted(drafter: str, verification: Literal["token", "block"]) -> None:
     """A grammar may allow a token behind which no token of the model is allowed. A draft that comes upon it, and falls, is no end."""
     grammar = LLMatcher.grammar_from_regex("([a-k]|[l-w]Z)*")  # no token has a Z
     asked = [

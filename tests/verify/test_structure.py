@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from engine.core import EngineCore
 from engine.model.member import Member
 from engine.model.stack import DecoderStack
 from engine.request import FinishReason, Request, SamplingParams, SpeculationParams, TokenDelta
-from server.structure import Checker, Structure, grammar_of_structure
+from server.grammar_checker import Checker
+from server.structure import Structure, grammar_of_structure
 from server.text import TextTokenizer
 from tests.server.conftest import build_tokenizer
 from tests.tiny import tiny_config
@@ -78,22 +80,23 @@ def make_core(drafter: str, folder: Path) -> EngineCore:
 
 async def requests(rules: tuple[str, ...], folder: Path) -> list[Request]:
     """Every schema, by rules and temperatures in turn. Signs that end something are likelier, or random models never do."""
-    tokenizer, checker = TextTokenizer.from_folder(folder), Checker(folder, (END,))
-    closing = {token: 4.0 for sign in '"]},:' for token in tokenizer.encode(sign)} | {END: 9.0}
+    tokenizer = TextTokenizer.from_folder(folder)
+    ending = {token: 4.0 for sign in '"]},:' for token in tokenizer.encode(sign)} | {END: 9.0}
     alphas = dict(RULES)
+    with closing(Checker(folder, (END,))) as checker:
+        grammars = [await grammar_of_structure(Structure("json", schema, "response_format"), checker) for schema in SCHEMAS]
     made = []
-    for i, (schema, rule) in enumerate(zip(SCHEMAS, itertools.cycle(rules), strict=False)):
+    for i, (grammar, rule) in enumerate(zip(grammars, itertools.cycle(rules), strict=False)):
         sampling = SamplingParams(
             max_tokens=CONTEXT - 9,
             temperature=(0.0, 1.0, 1.5, 0.7)[i // len(rules) % 4],
             top_p=0.95 if i % 3 else 1.0,
             seed=i,
             is_seeded=bool(i % 2),
-            logit_bias=closing,
+            logit_bias=ending,
             repetition_penalty=1.1 if i % 5 == 0 else 1.0,
             stop_token_ids=(END,),
         )
-        grammar = await grammar_of_structure(Structure("json", schema, "response_format"), checker)
         speculation = SpeculationParams(rule=rule, alpha=alphas[rule])
         made.append(Request(id=str(i), prompt_ids=(5, 6, 7 + i), sampling=sampling, speculation=speculation, grammar=grammar))
     return made
