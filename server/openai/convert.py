@@ -7,15 +7,14 @@ for every model behind a name. Everything that is refused is a ClientError whose
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote
 
 from engine.config import RuleName, SpeculationConfig
@@ -30,66 +29,17 @@ from server.openai.conversation import Conversation, conversation_of, reading_of
 from server.openai.held import Held, held_of, held_to_structure
 from server.openai.schema import ChatBody, CompletionBody, GenerationBody, Speculation
 from server.openai.shape import structure_of
-from server.openai.values import Body
+from server.openai.unused import ignored_in
 from server.text import LONG_TEXT, size_of
 
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
-_MAX_LOGGED, _LONGEST_NAME = 256, 64  # names of fields, and characters of one
 MAX_SCORED = 2_000_000  # log-probabilities of prompts in one response; each takes a hundred bytes of it, and more until it is written
-
-# Fields that OpenAI, vLLM or llama.cpp know and that would change the answer, and values that ask for nothing. null always does. Some are
-# known to one endpoint and not to the other.
-NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "add_special_tokens": (True,),
-    "allowed_token_ids": ([],),
-    "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "dry_multiplier": (0,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "mirostat": (0,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "n_predict": (),
-    "prompt_logprobs": (),
-    "repeat_penalty": (1,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "truncate_prompt_tokens": (),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-    # in a message
-    "messages.audio": (),
-    "messages.function_call": (),
-}
-
-_INSTEAD = {  # deprecated by OpenAI
-    "functions": "It was replaced by tools.",
-    "function_call": "It was replaced by tool_choice.",
-    "messages.function_call": "It was replaced by messages.tool_calls.",
-}
 
 
 async def chat_job(body: ChatBody, serving: Serving) -> Job:
     """The job of a chat: one prompt, rendered by the model's template."""
     arrived_at = time.monotonic()
-    ignored = _ignored(body, serving)
+    ignored = ignored_in(body, serving)
     conversation = _conversation(body, serving)
     prompt = await _rendered(conversation, serving)
     reading = reading_of(conversation, serving, prompt, is_eager=bool(body.stream))
@@ -100,7 +50,7 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
 
 async def chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
     """The prompt of a chat, for whoever wants no answer to it."""
-    _ignored(body, serving)  # what would change the prompt and cannot is refused
+    ignored_in(body, serving)  # what would change the prompt and cannot is refused
     return await _rendered(_conversation(body, serving), serving)
 
 
@@ -123,7 +73,7 @@ async def _rendered(conversation: Conversation, serving: Serving) -> list[int]:
 async def completion_job(body: CompletionBody, serving: Serving) -> Job:
     """The job of a completion: texts and token ids as they are."""
     arrived_at = time.monotonic()
-    ignored = _ignored(body, serving)
+    ignored = ignored_in(body, serving)
     _check(body, serving, num_prompts=len(body.prompt))
     length = sum(len(prompt) for prompt in body.prompt)
     encode, limit = serving.tokenizer.encode, serving.info.max_model_len
@@ -329,63 +279,3 @@ def _judged_by(own: Speculation, rule: RuleName, alpha: float, deployment: Specu
             raise InvalidRequest(f"alpha is {own.alpha:g} and {mistake} for the rule {rule}.", "speculation.alpha")
         alpha = own.alpha
     return rule, alpha
-
-
-def _ignored(body: GenerationBody, serving: Serving) -> tuple[str, ...]:
-    """Names of the fields that will change nothing; each is logged once.
-
-    Raises InvalidRequest for one that ought to change something and cannot yet, and for all where the deployment refuses them.
-    """
-    names = dict.fromkeys(_unused(body))  # a set that keeps the order; names are short, since clients make them up
-    for prefix, part in _parts(body) if isinstance(body, ChatBody) else ():
-        names |= dict.fromkeys(_unused(part, prefix))
-    if body.stream_options is not None:
-        names |= dict.fromkeys(_unused(body.stream_options, "stream_options."))
-    if isinstance(body, ChatBody) and body.prediction is not None and serving.info.drafter == "none":
-        names["prediction"] = None  # nothing is drafted here
-    if isinstance(body, ChatBody) and body.reasoning_effort is not None and not _minds_effort(body.reasoning_effort, serving):
-        names["reasoning_effort"] = None
-    if names and serving.deployment.server.unused_fields == "refuse":
-        name = next(iter(names))
-        raise InvalidRequest(f"{name} changes nothing on this server, which refuses such fields (server.unused_fields).", name)
-    for name in names.keys() - serving.unused_fields:
-        if len(serving.unused_fields) < _MAX_LOGGED:
-            serving.unused_fields.add(name)
-            _log.info(
-                "The field %s of requests changes nothing here; x-cascade-ignored names it, and this log does not again",
-                quote(name, errors="replace"),
-            )
-    return tuple(names)
-
-
-def _minds_effort(effort: str, serving: Serving) -> bool:
-    """Whether the model's template asks how much it is to think, or, where that is not at all, whether."""
-    source = serving.tokenizer.template_source or ""
-    return "reasoning_effort" in source or (effort == "none" and "enable_thinking" in source)
-
-
-def _parts(body: ChatBody) -> Iterator[tuple[str, Body]]:
-    """What a chat holds, with what its fields are called by."""
-    for message in body.messages:
-        yield "messages.", message
-        for call in message.tool_calls or ():
-            yield "messages.tool_calls.", call
-            yield "messages.tool_calls.function.", call.function
-    for tool in body.tools or ():
-        yield "tools.", tool
-        yield "tools.function.", tool.function
-
-
-def _unused(part: Body, prefix: str = "") -> Iterator[str]:
-    for key, value in (part.model_extra or {}).items():
-        name = prefix + key
-        if value is None:
-            continue
-        if name not in NOT_IMPLEMENTED:
-            yield name[:_LONGEST_NAME]
-        elif not any(_is_same(value, neutral) for neutral in NOT_IMPLEMENTED[name]):
-            raise InvalidRequest(f"{name} is not implemented by this endpoint. {_INSTEAD.get(name, 'Leave it out.')}", name)
-
-
-def _is_same(value: Any, neutral: Any) -> bool:
-    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)

@@ -12,8 +12,9 @@ import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.openai.convert import NOT_IMPLEMENTED, header_safe
+from server.openai.convert import header_safe
 from server.openai.schema import ChatBody, CompletionBody
+from server.openai.unused import NOT_IMPLEMENTED
 from tests.server.conftest import serve
 
 KNOWN = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *NOT_IMPLEMENTED})

@@ -22,8 +22,16 @@ async def test_ignored_fields_are_named(served: Served) -> None:
     assert (await served.chat(**{"x" * 5000: 1})).headers["x-cascade-ignored"] == "x" * 64
 
 
+async def test_fields_within_objects_are_named_too(served: Served) -> None:
+    response = await served.chat(
+        response_format={"type": "json_object", "foo": 1}, prediction={"type": "content", "content": "x", "bar": 2}
+    )
+    assert response.status_code == 200, response.text
+    assert sorted(response.headers["x-cascade-ignored"].split(",")) == ["prediction.bar", "response_format.foo"]
+
+
 async def test_each_ignored_field_is_logged_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "server.openai.convert")
+    caplog.set_level("INFO", "server.openai.unused")
     for number in range(300):
         await served.chat(user="me", **{f"made_up\n{number}": 1})
     lines = [record.getMessage() for record in caplog.records]
