@@ -6,7 +6,6 @@ its standard input does, wherever it stands, so it outlives nobody. Imports noth
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import importlib
 import logging
@@ -24,6 +23,7 @@ from engine.client import Steppable
 from engine.config import EngineConfig
 from engine.errors import EngineDead, EngineError
 from engine.logs import adopt_libraries, set_up
+from engine.programs import die_with_starter
 from engine.wire import (
     Abort,
     Add,
@@ -42,8 +42,6 @@ from engine.wire import (
 )
 
 _log = logging.getLogger("engine.child")  # this module runs as __main__
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Factory = Callable[[EngineConfig, Callable[[str], None]], Steppable]
 
@@ -129,8 +127,7 @@ def _die_with_parent() -> None:
     and that one lives as long as the client: then not even code that keeps the interpreter lock does.
     """
     threading.Thread(target=_outlive_nobody, name="cascade-parent-watch", daemon=True).start()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_starter()
 
 
 def _outlive_nobody() -> None:

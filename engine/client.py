@@ -93,7 +93,8 @@ class Steppable(Protocol):
     def step(self) -> StepOutput: ...
 
     def watch(self, tell: Callable[[tuple[str, ...]], None]) -> None:
-        """Have the ids of the requests that a pass is about to begin for told, whenever they are others than before."""
+        """Have the ids of the requests told that a pass is about to begin for, or a grammar to be made ready, when they are others than
+        before."""
 
 
 class ThreadClient:

@@ -18,7 +18,7 @@ from engine.draft.worth import StepWork, WithoutDrafts
 from engine.model.memory import ADVICE, is_out_of_memory
 from engine.model.runner import ModelRunner
 from engine.model.source import first_line
-from engine.plan import DraftBatch, Drafter, Followed, Logprobs, RowBatch, StepPlan, StepTiming, Verdict
+from engine.plan import DraftBatch, Drafter, Logprobs, RowBatch, StepPlan, StepTiming, Verdict
 from engine.request import Request, TokenDelta
 from engine.sampling.distributions import Distributions
 from engine.sampling.logprobs import logprobs_of
@@ -42,7 +42,6 @@ class Parts:
     distributions: Distributions
     verifier: Verifier
     max_drafter_tokens: int
-    followed: Followed
     without_drafts: WithoutDrafts = field(default_factory=WithoutDrafts)
     let_go: Callable[[], None] = lambda: None  # of memory that is kept for the next step
 
@@ -95,6 +94,8 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queue a request that Admission has let through."""
+        if request.grammar is not None:  # it may be made ready from now on
+            self._say(*self._told, request.id)
         self._parts.scheduler.add(request)
 
     def abort(self, request_id: str, choice: int) -> None:
@@ -102,6 +103,8 @@ class EngineCore:
         seq = self._parts.scheduler.abort(request_id, choice)
         if seq is not None:
             self._parts.drafter.forget(seq)
+        if not self.has_work:
+            self._told = ()
 
     def step(self) -> StepOutput:
         """Run one pass of the target over whatever is due, and say what it emitted. Where memory runs out, over less."""
@@ -117,7 +120,7 @@ class EngineCore:
             plan = StepPlan(()) if given_up else parts.scheduler.schedule()
         if ran.plan.chunks:
             parts.scheduler.policy.observe_step(_timing(ran, clock))
-        deltas = given_up + parts.scheduler.commit(ran.plan, ran.drafts, ran.verdict, ran.logprobs, parts.followed)
+        deltas = given_up + parts.scheduler.commit(ran.plan, ran.drafts, ran.verdict, ran.logprobs)
         self._observe(ran)
         if not self.has_work:
             self._told = ()  # whoever listens takes an idle engine's silence for an end of that
@@ -125,20 +128,25 @@ class EngineCore:
         return StepOutput(deltas=tuple(deltas), stats=self._stats(ran.plan, ran.drafts, deltas, before, clock))
 
     def watch(self, tell: Callable[[tuple[str, ...]], None]) -> None:
-        """Have the ids of the requests that a pass is about to begin for told, whenever they are others than before."""
+        """Have the ids of the requests told that a pass is about to begin for, or a grammar to be made ready, when they are others than
+        before: whoever is to blame if that is the end of the process."""
         self._tell = tell
 
     def check(self) -> None:
         """Raise AssertionError unless the bookkeeping is consistent."""
         self._parts.scheduler.check()
 
+    def _say(self, *request_ids: str) -> None:
+        preparing = self._parts.scheduler.followed.preparing
+        told = tuple(dict.fromkeys(request_ids + (() if preparing is None else (preparing.request.id,))))
+        if told != self._told:
+            self._told = told
+            self._tell(told)
+
     def _run(self, plan: StepPlan, clock: _Clock) -> _Ran | None:
         """All of a step that is in front of the commit: what it leaves behind is KV that counts for nothing. None where memory ran out."""
         parts = self._parts
-        request_ids = tuple(dict.fromkeys(chunk.seq.request.id for chunk in plan.chunks))
-        if request_ids != self._told:
-            self._told = request_ids
-            self._tell(request_ids)
+        self._say(*(chunk.seq.request.id for chunk in plan.chunks))
         clock.planned = time.perf_counter()
         try:
             drafts = parts.drafter.propose(plan, int(min(parts.max_drafter_tokens, parts.scheduler.bound.now)))

@@ -9,7 +9,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,7 +20,7 @@ import zmq
 import zmq.asyncio
 
 from engine.errors import ConfigError
-from engine.threads import defaults
+from engine.programs import command_of, environment
 from engine.wire import Command, Hello, Report, decode_report, encode
 
 STACK_SECONDS = 0.5  # for a process that hangs to write its stacks to standard error
@@ -54,7 +53,9 @@ class Incarnation:
             read_end, write_end = os.pipe()
             resources.callback(os.close, write_end)
             try:
-                process = starter.submit(subprocess.Popen, _command(line), stdin=read_end, env=_environment()).result()
+                process = starter.submit(
+                    subprocess.Popen, command_of("engine.child", line.endpoint, line.incarnation), stdin=read_end, env=environment()
+                ).result()
             finally:
                 os.close(read_end)
             return cls(line, process, resources.pop_all())
@@ -156,17 +157,6 @@ def _listen(incarnation: str, resources: ExitStack) -> _Line:
         advice = "Set TMPDIR to a writable folder with a short path."
         raise ConfigError(f"The engine's socket cannot be made in {gettempdir()}: {reason}. {advice}") from error
     return line
-
-
-def _command(line: _Line) -> tuple[str, ...]:
-    # -P: a folder named engine in the working directory must not be taken for ours
-    return (sys.executable, "-P", "-m", "engine.child", line.endpoint, line.incarnation)
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with our module path."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return defaults() | os.environ | {"PYTHONPATH": path}
 
 
 def _status_of(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:

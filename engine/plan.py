@@ -185,17 +185,35 @@ class Foresight(Protocol):
 
 
 class Followed(Protocol):
-    """Says where nothing can follow a text, as where its grammar has come to a place that it does not lead out of."""
+    """Says what can follow a text, where not anything can: where its answer has a grammar."""
+
+    @property
+    def preparing(self) -> Sequence | None:
+        """The one that something is being made ready for now, beside the steps."""
+
+    def is_ready(self, seq: Sequence) -> bool:
+        """Whether a sequence that waits may begin. Asked when it comes, and until it does; what has to be made for it is begun then."""
+
+    def may_draft(self, seq: Sequence) -> bool:
+        """Whether drafts are worth trying: not where they led nowhere again and again."""
 
     def is_broken(self, seq: Sequence) -> bool:
         """Whether nothing can follow the sequence."""
 
     def num_standing(self, seq: Sequence, token_ids: ListLike[int]) -> int:
-        """How many of these tokens of a round stand: all, or those up to one that nothing can follow. At least one."""
+        """How many of these tokens of a round stand: all, or those up to one that nothing can follow."""
 
 
 class AnyText:
     """Anything can follow."""
+
+    preparing = None
+
+    def is_ready(self, seq: Sequence) -> bool:
+        return True
+
+    def may_draft(self, seq: Sequence) -> bool:
+        return True
 
     def is_broken(self, seq: Sequence) -> bool:
         return False

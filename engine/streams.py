@@ -13,7 +13,7 @@ from engine.request import Request, TokenDelta
 from engine.sched.admission import Admission
 from engine.stats import EngineInfo
 
-_GIVEN_UP = 256  # requests that are remembered; more cannot be given up within a step or two
+_GIVEN_UP = 32  # requests that are remembered, prompts and all; few are given up within a step
 
 
 class DeltaStream:
@@ -25,7 +25,6 @@ class DeltaStream:
         self._open = {choice.index for choice in request.choices}
         self._waiting: list[TokenDelta] = []
         self._wake = asyncio.Event()
-        self.has_run = False  # a pass was begun for it
         self._error: EngineError | None = None
 
     @property
@@ -85,7 +84,7 @@ class OpenRequests:
         self._admission: Admission | None = None
         self._streams: dict[str, DeltaStream] = {}
         self._given_up: dict[str, Request] = {}  # of late, the first first: a step may run them still
-        self._running: tuple[str, ...] = ()  # ids that the engine's last pass was begun for
+        self._running: tuple[str, ...] = ()  # ids of what the engine works for
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -125,17 +124,15 @@ class OpenRequests:
         self._running = ()
 
     def note_running(self, request_ids: tuple[str, ...]) -> None:
-        """The engine is about to begin a pass for these and no others."""
+        """The engine is about to work for these and no others."""
         self._running = request_ids
-        for request_id in request_ids:
-            if stream := self._streams.get(request_id):
-                stream.has_run = True
+        if not request_ids:
+            self._given_up.clear()
 
     def may_be_running(self) -> list[Request]:
-        """Those that the last pass was begun for, and those whose grammar may still be made ready, which is done beside the passes."""
-        ran = [(stream.request if (stream := self._streams.get(i)) else self._given_up.get(i)) for i in self._running]
-        preparing = [s.request for s in self._streams.values() if s.request.grammar is not None and not s.has_run]
-        return [*filter(None, ran), *preparing]
+        """Those that are not at their end."""
+        found = (stream.request if (stream := self._streams.get(i)) else self._given_up.get(i) for i in self._running)
+        return [request for request in found if request is not None]
 
     def _abort(self, request_id: str, choice: int) -> None:
         self._abort_in_engine(request_id, choice)

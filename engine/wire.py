@@ -66,7 +66,8 @@ class Loaded(Frame, frozen=True, tag=True):
 
 
 class Running(Frame, frozen=True, tag=True):
-    """A pass is about to begin, for other requests than the one before: if it ends the process, one of these is to blame."""
+    """A pass is about to begin, or a grammar to be made ready, for other requests than before: if the process ends, one of these is to
+    blame."""
 
     request_ids: tuple[str, ...]
 

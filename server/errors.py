@@ -12,6 +12,7 @@ The class decides whether client or server is at fault; no route catches anythin
     engine.errors.ServerError
     ├── RequestTimeout     an answer that took longer than the deployment allows
     ├── NotLoaded          the model is still being loaded
+    ├── NotChecked         nobody could look at a grammar
     └── ShuttingDown       the server was told to end
 """
 
@@ -110,6 +111,15 @@ class ShuttingDown(ServerError):
         super().__init__("The server is shutting down.")
 
 
+class NotChecked(ServerError):
+    """Nobody could look at a grammar: this machine is to blame, and it may be right in a moment."""
+
+    retry_after = 1
+
+    def __init__(self) -> None:
+        super().__init__("Grammars cannot be checked just now.")
+
+
 class ClientGone(Exception):
     """The client left before its answer was complete. Nobody reads the response, and nobody was refused."""
 
@@ -138,6 +148,7 @@ TABLE: Mapping[type[BaseException], Entry] = {
     QueueFull: Entry(503, "server_error", "queue_full"),
     RequestTimeout: Entry(408, "server_error", "request_timeout"),
     NotLoaded: Entry(503, "server_error", "model_loading"),
+    NotChecked: Entry(503, "server_error", "overloaded"),
     ShuttingDown: Entry(503, "server_error", "shutting_down"),
     MemoryExhausted: Entry(503, "server_error", "out_of_memory"),
     EngineRestarting: Entry(503, "server_error", "engine_restarting"),

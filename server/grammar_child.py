@@ -1,35 +1,53 @@
 """Makes grammars of what clients wish for, and says whether answers can be held to them: in a process of its own, since clients write them.
 
-`python -m server.grammar_child FOLDER END...`, started by server/grammar_checker.py alone. A line of JSON in, a line out. Ends with its
-standard input. What takes too long is killed from outside: a conversion of thousands of rules is slower than linear, and the library that
-parses can be sent round for ever.
+`python -m server.grammar_child FOLDER SECONDS END...`, started by server/grammar_checker.py alone. A line of JSON in, a line out. What
+takes more seconds of a processor ends the process: a conversion of thousands of rules is slower than linear, and the library that parses
+can be sent round for ever. Ends with its standard input, or with whoever started it.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import resource
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from llguidance import LLMatcher, grammar_from
 
-from engine.grammar.automaton import LONGEST, Vocabulary
+from engine.grammar.automaton import LONGEST, NotCompiled, Vocabulary
+from engine.programs import die_with_starter
 from server.structure import NO_STRINGS, json_of, with_start
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _TERMINAL = re.compile(r"^\s*([A-Z_][A-Z0-9_]*)\s*(?:\[[^\]]*\])?\s*:", re.MULTILINE)
 
 
-def main(folder: str, *end_token_ids: str) -> NoReturn:
+def main(folder: str, seconds: str, *end_token_ids: str) -> NoReturn:
     """Answer until nobody asks any more."""
-    vocabulary = Vocabulary.from_folder(Path(folder), tuple(map(int, end_token_ids)))
-    _say({})
-    for line in sys.stdin:
-        _say(answer_to(json.loads(line), vocabulary))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the server decides what becomes of us
+    die_with_starter()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)  # what a library prints is no answer
+        vocabulary = Vocabulary.from_folder(Path(folder), tuple(map(int, end_token_ids)))
+        _say({}, answers)
+        for line in sys.stdin.buffer:
+            _allow(int(seconds))
+            _say(answer_to(json.loads(line), vocabulary), answers)
     sys.exit(0)
+
+
+def _allow(seconds: int) -> None:
+    """So much more time of a processor; then the system ends this process."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    until = math.ceil(time.process_time()) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (until if most == resource.RLIM_INFINITY else min(until, most), most))
 
 
 def answer_to(question: Mapping[str, Any], vocabulary: Vocabulary | None) -> Mapping[str, str]:
@@ -38,15 +56,16 @@ def answer_to(question: Mapping[str, Any], vocabulary: Vocabulary | None) -> Map
         return {"mistake": "this model's tokens cannot be read"}
     try:
         grammar = _MAKERS[question["kind"]](question["value"], question["white_space"])
-    except (ValueError, RecursionError) as error:
+        is_clients = question["kind"] == "grammar" and len(grammar) <= LONGEST
+        mistake = _mistake(grammar, vocabulary) if is_clients else vocabulary.mistake_in(grammar)
+    except (ValueError, RecursionError, NotCompiled) as error:
         return {"mistake": str(error) or type(error).__name__}
-    mistake = vocabulary.mistake_in(grammar) if len(grammar) > LONGEST or question["kind"] != "grammar" else _mistake(grammar, vocabulary)
     return {"mistake": mistake} if mistake else {"grammar": grammar}
 
 
-def _say(answer: Mapping[str, str]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
+def _say(answer: Mapping[str, str], answers: TextIO) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
 
 
 # ---------------------------------------------------------------------- making

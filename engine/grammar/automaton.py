@@ -1,7 +1,7 @@
 """Which tokens may come next, by the grammar of an answer. The engine's only file that knows llguidance, which does the parsing.
 
 A grammar is a text in llguidance's own form; the server makes it out of JSON schemas, expressions and the like, and checks it
-(server/structure.py). Knows token ids and bits, no tensors, and nothing of what a client asked.
+(server/grammar_child.py). Knows token ids and bits, no tensors, and nothing of what a client asked.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _STACK_SIZE_LOCK = threading.Lock()  # the size is the whole process's
 
 LONGEST = 128 << 10  # characters of a grammar: what takes the parser longer than a tenth of a second is longer, or fails at its first token
 _STACK = 256 << 20  # bytes: the parser follows references by recursion, and a grammar of that length can have 14,000 in a row
+_MOST_DEAD = 4  # drafts of an answer that may lead nowhere
 _NUM_COMPILED = 32  # grammars that are kept for the next request that has them
 # A tenth of a second for a step and some 20 MB for a grammar, where the library's own would be seconds, and five times as much.
 _LIMITS = LLParserLimits(
@@ -142,6 +143,7 @@ class _Run:
     masks: dict[int, Mask] = field(default_factory=dict)  # by the number of tokens in front
     is_broken: bool = False
     dead: tuple[int, list[int]] | None = None  # tokens of the answer, and the drafts behind them that nothing can follow
+    num_dead: int = 0  # such places, so far
 
 
 class Automata:
@@ -156,6 +158,11 @@ class Automata:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the newest last
         self._compiling: tuple[Sequence, _Compiling] | None = None  # one at a time, or nothing would be left for the steps
         self._lost: WeakSet[Sequence] = WeakSet()  # whose grammar could not be compiled
+
+    @property
+    def preparing(self) -> Sequence | None:
+        """The one that asked for what is being compiled now."""
+        return None if self._compiling is None else self._compiling[0]
 
     def is_ready(self, seq: Sequence) -> bool:
         """Whether a sequence can be asked about without delay. A grammar that is not known is compiled from now on, beside the steps: who
@@ -190,7 +197,8 @@ class Automata:
         self._lost.add(seq)
 
     def mask(self, seq: Sequence, drafts: ListLike[int]) -> Mask | None:
-        """What may follow the sequence and these drafts; None where there is no grammar or no telling, since a draft cannot stand."""
+        """What may follow the sequence and these drafts; None where there is no grammar, or no telling: a draft cannot stand, or nothing
+        can follow it, and then what is drawn there is cut off."""
         is_renewed = False
         while (run := self._at(seq, drafts)) is not None:
             place = run.num_settled + len(run.path)
@@ -218,6 +226,11 @@ class Automata:
         """Whether the grammar of a sequence got too complex to follow, or could not be compiled. Its answer cannot go on."""
         run = self._runs.get(seq)
         return seq in self._lost or (run is not None and run.is_broken)
+
+    def may_draft(self, seq: Sequence) -> bool:
+        """Each draft that leads nowhere costs a parser that is made anew within the step: a few may, and then it is enough."""
+        run = self._runs.get(seq)
+        return run is None or run.num_dead < _MOST_DEAD
 
     def num_standing(self, seq: Sequence, token_ids: ListLike[int]) -> int:
         """How many of a round's tokens are those of the grammar. Behind a draft that nothing can follow, no token is."""
@@ -251,18 +264,24 @@ class Automata:
     def _end_behind(self, run: _Run, seq: Sequence, drafts: ListLike[int]) -> None:
         """Nothing can follow, not even for a parser that begins anew. Behind drafts that is no matter before they stand: without them the
         answer might have gone elsewhere."""
-        if drafts:
-            run.dead = _num_answered(seq), list(drafts)
-        else:
+        if not drafts:
             run.is_broken = True
+            return
+        run.dead, run.num_dead = (_num_answered(seq), list(drafts)), run.num_dead + 1
+        if run.matcher.is_error():  # what is in front of it will be asked about again
+            self._restart(run, seq)
 
     def _renew(self, run: _Run, seq: Sequence) -> bool:
         """Begin anew with the parser, which others may have worn out: copies share states, and these are limited. False if that does not
         help: the run is broken then. Here alone a step waits for a grammar to be compiled: of an answer that has begun."""
-        assert self._vocabulary is not None
+        assert seq.request.grammar is not None
+        self._compiled.pop(seq.request.grammar, None)
+        return self._restart(run, seq)
+
+    def _restart(self, run: _Run, seq: Sequence) -> bool:
+        """Read the answer again with a copy of the parser that there is. False if it cannot be read: the run is broken then."""
         assert seq.request.grammar is not None
         answer = seq.tokens[len(seq.request.prompt_ids) :]
-        self._compiled.pop(seq.request.grammar, None)
         try:
             run.matcher = self._copy(seq.request.grammar)
         except NotCompiled as error:

@@ -14,7 +14,7 @@ from engine.transfer import to_device
 class GrammarMasks:
     """Masks the tokens that a sequence's grammar forbids behind its text and the drafts in front of each row.
 
-    A row behind a draft that cannot stand is left as it is: nothing is ever drawn from it.
+    A row behind a draft that cannot stand, or that nothing can follow, is left as it is: what is drawn from it is never emitted.
     """
 
     is_mask = True

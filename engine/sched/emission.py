@@ -21,8 +21,8 @@ class Emission:
 
 
 def emission_of(seq: Sequence, drafts: DraftBatch, verdict: Verdict, row: int, followed: Followed) -> Emission:
-    """The accepted window, cut at the first stop token or behind a draft that nothing can follow. Nothing for whoever wants the prompt to
-    be run."""
+    """The accepted window, cut at the first stop token or behind a draft that nothing can follow: the next step finds out, as without
+    drafts, that it is the end. Nothing for whoever wants the prompt to be run."""
     sampling = seq.request.sampling
     emitted = verdict.token_ids[row] if sampling.max_tokens else ()
     assert len(emitted) <= seq.num_remaining
@@ -34,14 +34,15 @@ def emission_of(seq: Sequence, drafts: DraftBatch, verdict: Verdict, row: int, f
     elif len(kept) == seq.num_remaining:
         reason = FinishReason.LENGTH
     else:
-        reason = FinishReason.ERROR if len(kept) < len(emitted) else None
+        reason = None
+    is_cut = stop is not None or len(kept) < len(emitted)
     # drafts behind an end could never be emitted, whatever the rule says: they are counted nowhere
-    num_draft = min(drafts.lengths[row], len(kept)) if reason in (FinishReason.STOP, FinishReason.ERROR) else drafts.lengths[row]
+    num_draft = min(drafts.lengths[row], len(kept)) if is_cut else drafts.lengths[row]
     mask = (1 << num_draft) - 1
     return Emission(
         token_ids=kept,
         reason=reason,
-        num_computed=min(verdict.num_accepted[row], len(kept)),
+        num_computed=min(verdict.num_accepted[row], len(kept) - (reason is None)),  # who goes on has a token to run
         became=Round(
             num_draft=num_draft,
             num_accepted=min(verdict.num_accepted[row], num_draft),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort_left, insort_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -75,10 +75,9 @@ class _Leaders:
 class Scheduler:
     """Owns the sequences and the pool's blocks that they hold."""
 
-    def __init__(self, pool: BlockPool, limits: Limits, policy: DraftLengthPolicy, is_ready: Callable[[Sequence], bool] = lambda seq: True):
-        """`is_ready` says of a sequence that waits whether it may begin; it is asked when the sequence comes, and until it does."""
+    def __init__(self, pool: BlockPool, limits: Limits, policy: DraftLengthPolicy, followed: Followed | None = None):
         self.pool = pool
-        self._is_ready = is_ready
+        self.followed = followed or AnyText()
         self.policy = policy
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []  # both: the most important first, and of these the oldest
@@ -112,7 +111,7 @@ class Scheduler:
         for seq in seqs.values():
             insort_right(self.waiting, seq, key=_priority)
         first, *others = seqs.values()
-        self._is_ready(first)  # what has to be made for it is begun now, and not when a place is free
+        self.followed.is_ready(first)  # what has to be made for it is begun now, and not when a place is free
         num_shared = len(request.prompt_ids) // self.pool.block_size
         if others and num_shared:  # hash a long prompt once, not once a choice
             self.pool.key(first, num_shared - 1)
@@ -153,7 +152,7 @@ class Scheduler:
         while left and index < len(self.waiting) and len(self.running) < self._limits.max_sequences:
             seq = self.waiting[index]
             hit = self.pool.match(seq)
-            if self._is_led(seq, len(hit)) or not self._is_ready(seq):
+            if self._is_led(seq, len(hit)) or not self.followed.is_ready(seq):
                 index += 1
                 continue
             if is_short := not self._admit(seq, hit, left):
@@ -161,7 +160,7 @@ class Scheduler:
             del self.waiting[index]
             left -= self._place(seq, left, plan)
         if index < len(self.waiting):
-            self._is_ready(self.waiting[index])  # nor when it is its turn, where another one was being made ready as it came
+            self.followed.is_ready(self.waiting[index])  # nor when it is its turn, where another one was being made ready as it came
         self.waiting_for = self._reasons(index, is_short)
         return budget - left
 
@@ -237,6 +236,8 @@ class Scheduler:
 
     def _draft_limit(self, seq: Sequence) -> int:
         """Drafts that the request allows, and that may still be emitted in front of one more token."""
+        if not self.followed.may_draft(seq):
+            return 0
         asked = seq.request.speculation.max_draft
         return max(0, min(seq.num_remaining - 1, self.policy.max_length if asked is None else asked))
 
@@ -245,7 +246,7 @@ class Scheduler:
         """A plan that cannot be run: nothing of it was committed, and the next one is smaller. False where none is."""
         for chunk in plan.chunks:
             self.pool.trim(chunk.seq, chunk.seq.num_computed)
-        return self.bound.shrink(_num_run(plan))
+        return self.bound.shrink(sum(chunk.num_tokens + chunk.max_draft for chunk in plan.chunks))
 
     def give_up(self, seq: Sequence) -> TokenDelta:
         """End an answer of which not even one token can be run."""
@@ -254,21 +255,11 @@ class Scheduler:
         return ended(seq, FinishReason.MEMORY)
 
     # ------------------------------------------------------------------ committing
-    def commit(
-        self,
-        plan: StepPlan,
-        drafts: DraftBatch,
-        verdict: Verdict,
-        logprobs: Logprobs | None = None,
-        followed: Followed | None = None,
-    ) -> list[TokenDelta]:
-        """Append what was emitted, roll back what was rejected, publish full blocks, free what has ended.
-
-        `followed` says where nothing can follow.
-        """
-        deltas, row, logprobs, followed = list[TokenDelta](), 0, logprobs or Logprobs(), followed or AnyText()
+    def commit(self, plan: StepPlan, drafts: DraftBatch, verdict: Verdict, logprobs: Logprobs | None = None) -> list[TokenDelta]:
+        """Append what was emitted, roll back what was rejected, publish full blocks, free what has ended."""
+        deltas, row, logprobs = list[TokenDelta](), 0, logprobs or Logprobs()
         if plan.chunks:
-            self.bound.note_good(_num_run(plan), self._limits.max_step_tokens)
+            self.bound.note_good(sum(chunk.num_tokens for chunk in plan.chunks) + drafts.num_draft_tokens, self._limits.max_step_tokens)
         for index, chunk in enumerate(plan.chunks):
             seq = chunk.seq
             seq.num_computed += chunk.num_tokens
@@ -279,10 +270,10 @@ class Scheduler:
                 deltas.append(scored(seq, scores))
             reason = None
             if chunk.completes:
-                if followed.is_broken(seq):
+                if self.followed.is_broken(seq):
                     delta = ended(seq, FinishReason.ERROR)
                 else:
-                    what = emission_of(seq, drafts, verdict, row, followed)
+                    what = emission_of(seq, drafts, verdict, row, self.followed)
                     confidences = drafts.confidences[row] if drafts.confidences else ()
                     delta = self._emit(seq, what, confidences, logprobs.emitted[row] if logprobs.emitted else ())
                 deltas.append(delta)
@@ -353,8 +344,3 @@ class Scheduler:
 
 def _priority(seq: Sequence) -> int:
     return seq.request.priority
-
-
-def _num_run(plan: StepPlan) -> int:
-    """Tokens of the pass, drafts that it has room for included."""
-    return sum(chunk.num_tokens + chunk.max_draft for chunk in plan.chunks)

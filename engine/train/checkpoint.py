@@ -67,9 +67,10 @@ class RunFolder:
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def entries(self, kind: str) -> list[dict[str, Any]]:
-        """The log's lines of one kind, in order."""
+    def entries(self, kind: str, state: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The log's lines of one kind, in order; with a checkpoint's state those up to it: a training may be writing on."""
         if not self._log.exists():
             return []
-        lines = map(json.loads, self._log.read_text("utf-8").splitlines())
+        content = self._log.read_bytes()[: None if state is None else state["log_bytes"]]
+        lines = map(json.loads, content[: content.rfind(b"\n") + 1].splitlines())
         return [entry for entry in lines if entry["kind"] == kind]

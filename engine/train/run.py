@@ -99,7 +99,7 @@ def distil(
         position=training.position,
         num_data_tokens=sum(len(example.answer_ids) for example in examples),
         num_examples=len(examples),
-        validations=run.entries("validation"),
+        validations=run.entries("validation", state if is_export_only else None),
         versions={"python": platform.python_version()} | {name: version(name) for name in ("cascade-serve", "torch", "transformers")},
     )
     return export(student, history, path)

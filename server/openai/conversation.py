@@ -5,6 +5,7 @@ Everything that is refused is an InvalidRequest whose `param` names the field.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ class Conversation:
     def parts(self) -> list[Any]:
         """All that holds texts of the client."""
         return [*self.messages, *self.turn.tools, self.turn.variables]
+
+
+async def check_arguments(messages: Sequence[ChatMessage]) -> None:
+    """JSON within JSON: the body's own bounds took it for text. Raises BodyTooComplex."""
+    arguments = [call.function.arguments for message in messages for call in message.tool_calls or ()]
+    if sum(map(len, arguments)) > _LONG_ARGUMENTS:
+        await asyncio.to_thread(lambda: check_shape(b"[" + ",".join(filter(str.strip, arguments)).encode("utf-8", "replace") + b"]"))
 
 
 def conversation_of(body: ChatBody, dialect: Dialect) -> Conversation:
@@ -147,10 +155,6 @@ def _messages(messages: Sequence[ChatMessage], form: ToolFormat | None) -> list[
     """As templates know them. Raises InvalidRequest."""
     called: set[str] = set()
     told = []
-    # JSON within JSON: the body's own bounds took it for text
-    arguments = [call.function.arguments for message in messages for call in message.tool_calls or ()]
-    if sum(map(len, arguments)) > _LONG_ARGUMENTS:
-        check_shape(b"[" + ",".join(filter(str.strip, arguments)).encode("utf-8", "replace") + b"]")
     for i, message in enumerate(messages):
         place = f"messages.{i}"
         _check_message(message, place, called)

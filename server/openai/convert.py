@@ -25,7 +25,7 @@ from server.deps import Serving
 from server.detokenize import beginnings
 from server.errors import UnknownModel
 from server.generate import Echo, Job
-from server.openai.conversation import Conversation, conversation_of, reading_of
+from server.openai.conversation import Conversation, check_arguments, conversation_of, reading_of
 from server.openai.held import Held, held_of, held_to_structure
 from server.openai.schema import ChatBody, CompletionBody, GenerationBody, Speculation
 from server.openai.shape import structure_of
@@ -40,7 +40,7 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
     """The job of a chat: one prompt, rendered by the model's template."""
     arrived_at = time.monotonic()
     ignored = ignored_in(body, serving)
-    conversation = _conversation(body, serving)
+    conversation = await _conversation(body, serving)
     prompt = await _rendered(conversation, serving)
     reading = reading_of(conversation, serving, prompt, is_eager=bool(body.stream))
     held = await held_of(structure_of(body), conversation, reading, serving)
@@ -51,7 +51,7 @@ async def chat_job(body: ChatBody, serving: Serving) -> Job:
 async def chat_prompt(body: ChatBody, serving: Serving) -> list[int]:
     """The prompt of a chat, for whoever wants no answer to it."""
     ignored_in(body, serving)  # what would change the prompt and cannot is refused
-    return await _rendered(_conversation(body, serving), serving)
+    return await _rendered(await _conversation(body, serving), serving)
 
 
 async def text_prompt(text: str, serving: Serving, adds_special: bool) -> list[int]:
@@ -59,8 +59,9 @@ async def text_prompt(text: str, serving: Serving, adds_special: bool) -> list[i
     return await tokenised(lambda: serving.tokenizer.encode(text, serving.info.max_model_len, adds_special), len(text))
 
 
-def _conversation(body: ChatBody, serving: Serving) -> Conversation:
+async def _conversation(body: ChatBody, serving: Serving) -> Conversation:
     _check(body, serving, num_prompts=1)
+    await check_arguments(body.messages)
     return conversation_of(body, serving.dialect)
 
 

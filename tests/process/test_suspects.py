@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
+from llguidance import LLMatcher
+
 from engine.core import EngineCore
 from tests.tiny import Setup, make_core
 from tests.unit.factories import make_request
@@ -22,6 +25,22 @@ def test_a_younger_request_that_runs_in_front_of_choices_that_wait_is_named() ->
     core.add(make_request("younger", prompt=(3,), max_tokens=3))
     core.step()
     assert told == [("four choices", "younger")]
+
+
+def test_whose_grammar_is_made_ready_is_named_before_that_begins() -> None:
+    core, told = watched(SETUP)
+    core.add(make_request("plain", max_tokens=4))
+    core.step()
+    grammar = LLMatcher.grammar_from_regex("[a-c]+")
+    core.add(msgspec.structs.replace(make_request("held", max_tokens=2), grammar=grammar))
+    assert told == [("plain",), ("plain", "held")]
+    while core.has_work:
+        core.step()
+    core.add(make_request("given up", max_tokens=4))
+    core.abort("given up", 0)
+    core.add(make_request("given up", max_tokens=4))
+    core.step()
+    assert told[-1] == ("given up",)
 
 
 def test_a_change_is_told_once_and_anew_behind_a_rest() -> None:

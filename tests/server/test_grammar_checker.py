@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from engine.errors import QueueFull
 from engine.grammar.automaton import Vocabulary
+from server.errors import NotChecked
 from server.grammar_checker import Checked, Checker
 from server.grammar_child import answer_to
 
@@ -20,7 +25,7 @@ END = 2
 
 @pytest.fixture
 async def checker(folder: Path) -> AsyncIterator[Checker]:
-    made = Checker(folder, (END,), seconds=1.0)
+    made = Checker(folder, (END,), seconds=1)
     yield made
     made.close()
 
@@ -60,25 +65,88 @@ def test_one_that_matches_something_is_none(grammar: str, vocabulary: Vocabulary
 
 
 async def test_what_takes_too_long_is_refused_and_the_next_wish_is_answered(checker: Checker) -> None:
-    """Converting thousands of rules takes seconds, in this process or another one."""
+    """Converting thousands of rules takes seconds. What is known is told while that goes on."""
     rules = "root ::= r0\n" + "\n".join(f'r{i} ::= "x" r{i + 1}?' for i in range(6000)) + '\nr6000 ::= "y"'
-    began = time.monotonic()
-    assert "takes longer than 1 s" in (await checker.made("grammar", rules)).mistake
-    assert (await checker.made("choice", ["a", "b"])).grammar.startswith("start:")
+    known = await checker.made("choice", ["a", "b"])
+    monster = asyncio.ensure_future(checker.made("grammar", rules))
+    await asyncio.sleep(0.2)
+    assert known == await checker.made("choice", ["a", "b"])
+    assert not monster.done()
+    assert (await checker.made("choice", ["a", "c"])).grammar.startswith("start:")
+    assert "takes longer than 1 s" in (await monster).mistake
     began = time.monotonic()
     assert "takes longer than 1 s" in (await checker.made("grammar", rules)).mistake
     assert time.monotonic() - began < 0.5, "it is known"
 
 
-async def test_a_process_that_ends_is_replaced(checker: Checker) -> None:
+async def test_a_process_that_ended_is_replaced_and_nobody_is_blamed(checker: Checker) -> None:
     assert (await checker.made("regex", "a+")).grammar
     assert checker._child is not None
     psutil.Process(checker._child.pid).kill()
-    assert "cannot be checked" in (await checker.made("regex", "b+")).mistake
-    assert (await checker.made("regex", "c+")).grammar
+    assert (await checker.made("regex", "b+")).grammar
+
+
+async def test_a_wish_that_ends_two_processes_is_to_blame(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Checker(folder, (END,))) as checker:
+        asked = checker._answer_to
+
+        def killed(question: bytes) -> Mapping[str, str]:
+            assert checker._child is not None
+            if b"poison" in question:
+                checker._child.kill()
+            return asked(question)
+
+        monkeypatch.setattr(checker, "_answer_to", killed)
+        assert (await checker.made("regex", "a+")).grammar
+        assert "cannot be checked" in (await checker.made("regex", "poison")).mistake
+
+
+async def test_a_process_that_cannot_be_started_is_the_machines_fault_and_not_remembered(folder: Path) -> None:
+    with closing(Checker(folder, (END,))) as checker:
+        command, checker._command = checker._command, ("/nowhere",)
+        with pytest.raises(NotChecked):
+            await checker.made("regex", "a+")
+        checker._command = command
+        assert (await checker.made("regex", "a+")).grammar
+
+
+async def test_an_answer_that_is_none_is_not_the_next_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Checker(folder, (END,))) as checker, monkeypatch.context() as patch:
+        patch.setattr("server.grammar_checker.json.loads", lambda text: {"no": "answer"})
+        with pytest.raises(TypeError):
+            await checker.made("regex", "a+")
+        patch.undo()
+        assert "b" in (await checker.made("regex", "b+")).grammar
+
+
+async def test_closing_ends_a_check_and_what_waits(folder: Path) -> None:
+    checker = Checker(folder, (END,), seconds=60)
+    await checker.made("regex", "a+")
+    assert checker._child is not None
     child = psutil.Process(checker._child.pid)
+    child.suspend()
+    asked = [asyncio.ensure_future(checker.made("regex", f"a{{{i}}}")) for i in range(1, 3)]
+    await asyncio.sleep(0.1)
     checker.close()
+    for wish in asked:
+        with pytest.raises(NotChecked):
+            await wish
     assert not child.is_running()
+
+
+async def test_too_many_wishes_are_too_many(folder: Path) -> None:
+    with closing(Checker(folder, (END,))) as checker:
+        found = await asyncio.gather(*(checker.made("regex", f"a{{{i}}}") for i in range(1, 90)), return_exceptions=True)
+        assert {type(one) for one in found} == {Checked, QueueFull}
+
+
+async def test_ctrl_c_is_the_servers_business(checker: Checker) -> None:
+    await checker.made("regex", "a+")
+    assert checker._child is not None
+    checker._child.send_signal(signal.SIGINT)
+    child = checker._child
+    assert (await checker.made("regex", "b+")).grammar
+    assert checker._child is child
 
 
 async def test_little_is_kept_of_what_is_refused_for_its_length(checker: Checker) -> None:

@@ -165,10 +165,13 @@ def test_a_log_that_lost_lines_is_gone_on_with(recipe: Recipe, shards: list[Path
 def test_an_export_beside_a_training_leaves_its_log_alone(recipe: Recipe, shards: list[Path]) -> None:
     train(config := recipe(training__steps=4), shards)
     log = Path(config.training.folder) / "log.jsonl"
-    with log.open("a", encoding="utf-8") as file:
-        file.write('{"kind": "step", "step": 5}\n')  # the training that runs on
+    told = lines(config)
+    with log.open("a", encoding="utf-8") as file:  # the training that runs on
+        file.write('{"kind": "validation", "step": 8, "tokens": 1, "sources": {}}\n{"kind": "st')
     before = log.read_bytes()
-    distil(config, MATERIAL, shards, "x", Watch(), is_export_only=True)
+    output = distil(config, MATERIAL, shards, "x", Watch(), is_export_only=True)
+    known = json.loads((output / "training.json").read_text("utf-8"))["validations"]
+    assert known == [entry for entry in told if entry["kind"] == "validation"], "of the weights that are exported"
     with pytest.raises(ConfigError, match="another recipe"):
         distil(recipe(training__steps=4, training__learning_rate=0.5), MATERIAL, shards, "x", Watch())
     assert log.read_bytes() == before

@@ -132,19 +132,6 @@ async def test_those_that_a_pass_was_begun_for_may_be_running() -> None:
     assert running() == []
 
 
-async def test_a_grammar_is_made_ready_before_its_request_runs() -> None:
-    requests = OpenRequests(10, lambda request: None, lambda request_id, choice: None)
-    requests.admit_to(INFO)
-    info = msgspec.structs.replace(INFO, has_grammars=True)
-    requests.admit_to(info)
-    for name in ("first", "second"):
-        requests.open(msgspec.structs.replace(make_request(id=name), grammar="{}"))
-    assert [request.id for request in requests.may_be_running()] == ["first", "second"]
-    requests.note_running(("first",))
-    requests.note_running(("other",))
-    assert [request.id for request in requests.may_be_running()] == ["second"]
-
-
 async def test_a_stream_of_a_lost_engine_aborts_nothing_in_the_next_one() -> None:
     aborted: list[tuple[str, int]] = []
     requests = OpenRequests(10, lambda request: None, lambda request_id, choice: aborted.append((request_id, choice)))
