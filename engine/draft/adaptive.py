@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from operator import mul
 
 from engine.draft.calibration import Calibration
@@ -46,10 +46,10 @@ _PREDICTED_RATE = 0.9  # of a token that the client predicted, likewise
 _MEMORY = 0.98  # of a sequence's counts at its next round
 _SHARED_MEMORY = 0.995  # of the counts of all
 _PROBES = (8, 256)  # rounds without drafts until one is tried again: at first, and at most; doubled each time that the try was in vain
-_TRYING = 0.01  # share of the time that such tries may be expected to lose
+_TRYING = 0.005  # share of the time that such tries may be expected to lose
 _TRYING_MEMORY = 0.999  # of what they may lose and did not, at the next step
 _MARGIN = 0.05  # by which drafts of many sequences must promise more than none: the best of many promises is the one most overrated
-_LEAST = 0.02  # survival behind which no row is worth looking at
+_LEAST = 0.04  # survival behind which no row is worth looking at
 _SHARING = 32  # rounds, at most, that share what reading the text costs a drafter
 _MAX_BATCH_BUCKET = 7  # 64 sequences and more
 
@@ -293,7 +293,7 @@ class AdaptiveLength(FixedLength):
             if outlook.calls(outlook.limit - 1) and history.idle_rounds > history.patience:
                 due.append(b)
         due.sort(key=lambda b: -self._history(seqs[b]).idle_rounds)
-        return [b for b in due if self._may_try(seqs[b], outlooks[b], sum(lengths))]
+        return list(takewhile(lambda b: self._may_try(seqs[b], outlooks[b], sum(lengths)), due))
 
     def _may_try(self, seq: Sequence, outlook: _Outlook, num_drafts: int) -> bool:
         """Whether one more draft, of the sequence's drafter, may be tried beside `num_drafts` of the step. It is paid for at once."""

@@ -28,6 +28,7 @@ class PassCosts:
         if unknown or any(not value > 0 for value in seconds.values()):
             raise ValueError(f"costs must be positive, at {ROWS}; got {dict(seconds)}")
         self.rows_run = rows_run
+        self._run: dict[int, int] = {}  # by rows
         self._first = dict(seconds)
         self._seen: dict[int, float] = {}
         self._num_observed: dict[int, int] = {}  # by entry
@@ -35,10 +36,12 @@ class PassCosts:
 
     def at(self, rows: int) -> float:
         """Expected seconds."""
-        seconds = self._asked.get(rows)  # a policy asks some hundred times a step
+        run = self._run.get(rows)  # a policy asks some hundred times a step, mostly about passes that run as many
+        if run is None:
+            run = self._run[rows] = self.rows_run(rows)
+        seconds = self._asked.get(run)
         if seconds is None:
-            run = self.rows_run(rows)
-            seconds = self._asked[rows] = _between(self._known, self._values, run) if self._known else float(run)
+            seconds = self._asked[run] = _between(self._known, self._values, run) if self._known else float(run)
         return seconds
 
     def observe(self, rows: int, seconds: float) -> None:
@@ -78,7 +81,7 @@ class PassCosts:
         measured = [self._first[rows] for rows in first]
         self._known = sorted(self._first.keys() | self._seen.keys())
         self._values: list[float] = []
-        self._asked: dict[int, float] = {}  # what `at` has said since
+        self._asked: dict[int, float] = {}  # what `at` has said since, by the rows that are run
         ratio = 1.0  # of what was seen to what was measured first, at the nearest entry below
         for rows in self._known:
             expected = self._first.get(rows) or _between(first, measured, rows)
