@@ -67,6 +67,8 @@ class Checker:
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
+        if self._is_closed:
+            raise NotChecked
         if self._num_waiting >= _MOST_WAITING:
             raise QueueFull(self._num_waiting, self._seconds)
         self._num_waiting += 1

@@ -132,6 +132,8 @@ async def test_closing_ends_a_check_and_what_waits(folder: Path) -> None:
         with pytest.raises(NotChecked):
             await wish
     assert not child.is_running()
+    with pytest.raises(NotChecked):
+        await checker.made("regex", "b+")
 
 
 async def test_too_many_wishes_are_too_many(folder: Path) -> None:
