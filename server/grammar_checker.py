@@ -99,9 +99,9 @@ class Checker:
         for is_new in (self._begin(), True):
             try:
                 return Checked(**self._answer_to(question))
-            except TimeoutError:
+            except TimeoutError as error:  # it had no processor: one that has it ends by itself
                 self._end()
-                return self._refused(question, f"it takes longer than {self._seconds} s to check; simplify it")
+                raise NotChecked from error
             except (OSError, EOFError):
                 if self._end() == -signal.SIGXCPU:
                     return self._refused(question, f"it takes longer than {self._seconds} s to check; simplify it")

@@ -110,6 +110,18 @@ async def test_a_process_that_cannot_be_started_is_the_machines_fault_and_not_re
         assert (await checker.made("regex", "a+")).grammar
 
 
+async def test_a_process_that_gets_no_processor_is_the_machines_fault_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Checker(folder, (END,), seconds=1)) as checker:
+        await checker.made("regex", "a+")
+        assert checker._child is not None
+        psutil.Process(checker._child.pid).suspend()
+        with monkeypatch.context() as patch:
+            patch.setattr("server.grammar_checker._PATIENCE", 0.2)
+            with pytest.raises(NotChecked):
+                await checker.made("regex", "b+")
+        assert (await checker.made("regex", "b+")).grammar, "which is not remembered"
+
+
 async def test_an_answer_that_is_none_is_not_the_next_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Checker(folder, (END,))) as checker, monkeypatch.context() as patch:
         patch.setattr("server.grammar_checker.json.loads", lambda text: {"no": "answer"})
