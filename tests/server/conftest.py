@@ -178,7 +178,7 @@ async def both(folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[Se
         yield it
 
 
-async def until(condition: Any, seconds: float = 5) -> None:
+async def until(condition: Any, seconds: float = 20) -> None:
     """Wait for something that other tasks bring about."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110  # any condition of any task

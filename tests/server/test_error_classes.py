@@ -31,7 +31,7 @@ CASES: list[tuple[int, str | None, type[openai.APIStatusError], dict[str, Any]]]
 
 @pytest.mark.parametrize(("status", "code", "kind", "how"), CASES, ids=[str(case[1] or case[0]) for case in CASES])
 async def test_the_client_raises_its_own_class(folder: Path, status: int, code: str | None, kind: type[Any], how: dict[str, Any]) -> None:
-    deployment = make_deployment(api_keys=("key",), max_body_bytes=4000, request_timeout_seconds=0.2)
+    deployment = make_deployment(api_keys=("key",), max_body_bytes=4000, request_timeout_seconds=0.2 if status == 408 else 60)
     async with serve(folder, deployment) as served:
         served.answer_with(**{name: how[name] for name in ("refusal", "hold", "finish") if name in how})
         client = served.openai.with_options(api_key=how.get("key", "key"))

@@ -16,7 +16,7 @@ from server.listener import bind
 from tests.fakes import FakeEngine, Script, make_info
 from tests.server.conftest import make_deployment, until
 
-SECONDS = 0.8
+SECONDS = 1.5
 REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -54,7 +54,7 @@ async def answer_on(reader: asyncio.StreamReader) -> bytes:
 async def rest_of(reader: asyncio.StreamReader) -> bytes:
     """What comes until the server closes. A byte that it did not wait for makes that a reset."""
     try:
-        return await asyncio.wait_for(reader.read(), 5)
+        return await asyncio.wait_for(reader.read(), 10)
     except ConnectionResetError:
         return b""
 
@@ -72,7 +72,7 @@ async def test_a_head_that_does_not_come_closes_the_connection(folder: Path, beg
         writer.write(begin)
         dripping = asyncio.ensure_future(drip(writer, b"x")) if begin else None
         assert await rest_of(reader) == b"", "nobody has asked, so nobody is answered"
-        assert SECONDS * 0.9 <= time.monotonic() - began < SECONDS + 1.5
+        assert SECONDS * 0.9 <= time.monotonic() - began < SECONDS + 4
         if dripping is not None:
             dripping.cancel()
         writer.close()
@@ -86,7 +86,7 @@ async def test_a_body_that_goes_on_behind_its_refusal_closes_the_connection(fold
         dripping = asyncio.ensure_future(drip(writer, b" "))
         assert (await asyncio.wait_for(answer_on(reader), 5)).startswith(b"HTTP/1.1 401")
         assert await rest_of(reader) == b""
-        assert time.monotonic() - began < SECONDS + 1.5
+        assert time.monotonic() - began < SECONDS + 4
         dripping.cancel()
         writer.close()
 

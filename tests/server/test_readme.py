@@ -36,7 +36,7 @@ def is_ready() -> bool:
     try:
         with urllib.request.urlopen(f"{ADDRESS}/ready", timeout=5):
             return True
-    except (urllib.error.URLError, ConnectionError):
+    except OSError:  # URLError is one, and so is a time that is over
         return False
 
 

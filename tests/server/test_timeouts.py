@@ -36,7 +36,7 @@ async def test_an_answer_that_takes_too_long_is_a_408(folder: Path, socket_too: 
         served.answer_with(endless=True, delay=0.01)
         begin = time.monotonic()
         response = await served.complete(["hello", "world"], n=2)
-        assert 0.2 <= time.monotonic() - begin < 2
+        assert 0.2 <= time.monotonic() - begin < 5
         error = error_of(response, 408)
         assert (error["code"], error["type"], error["param"]) == ("request_timeout", "server_error", None)
         assert "0.2 s" in error["message"]
@@ -49,7 +49,7 @@ async def test_an_answer_that_takes_too_long_is_a_408(folder: Path, socket_too: 
 
 
 async def test_the_sdk_does_not_ask_again(folder: Path) -> None:
-    async with serve(folder, make_deployment(request_timeout_seconds=0.05)) as served:
+    async with serve(folder, make_deployment(request_timeout_seconds=0.5)) as served:
         served.answer_with(endless=True, delay=0.01)
         client = served.openai.with_options(max_retries=2)
         with pytest.raises(openai.APIStatusError) as caught:
@@ -88,10 +88,10 @@ async def test_time_counts_from_arrival(folder: Path, monkeypatch: pytest.Monkey
 async def test_an_answer_in_time_leaves_no_clock_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut: list[Any] = []
     monkeypatch.setattr("server.generate.Generation.cut", lambda *given: cut.append(given))
-    async with serve(folder, make_deployment(request_timeout_seconds=0.1)) as served:
+    async with serve(folder, make_deployment(request_timeout_seconds=1)) as served:
         assert chunks_of(await served.complete("hello", stream=True))
         assert (await served.complete("hello")).status_code == 200
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(1.1)
         assert not cut
 
 
@@ -121,13 +121,13 @@ async def test_a_body_that_comes_too_slowly_is_a_408(folder: Path, framing: byte
 
 
 async def test_many_slow_bodies_hold_nobody_up(folder: Path) -> None:
-    async with serve_socket(folder, make_deployment(body_timeout_seconds=0.5)) as served:
+    async with serve_socket(folder, make_deployment(body_timeout_seconds=2)) as served:
         slow = [await connect(served) for _ in range(100)]
         for _, writer in slow:
             writer.write(HEAD + b"Content-Length: 1000\r\n\r\n{")
         begin = time.monotonic()
         assert (await served.complete("hello")).status_code == 200
-        assert time.monotonic() - begin < 0.45
+        assert time.monotonic() - begin < 1.9
         answers = await asyncio.gather(*(reader.read() for reader, _ in slow))
         assert all(b" 408 " in answer for answer in answers)
         for _, writer in slow:
