@@ -24,6 +24,12 @@ class Model(enum.IntFlag):
     DRAFTER = 2
 
 
+def _root(salt: str) -> bytes:
+    """What a chain of content keys begins with. A digest of its own kind: a salt must not be able to name a key of another chain, whose
+    block would then be found under tokens that it does not hold."""
+    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"salt").digest() if salt else b""
+
+
 class BlockPool:
     """`num_blocks` blocks of `block_size` positions."""
 
@@ -56,11 +62,11 @@ class BlockPool:
 
     # ------------------------------------------------------------------ prefix reuse
     def key(self, seq: Sequence, index: int) -> bytes:
-        """Content key of the sequence's full block `index`: a digest of all tokens up to the block's end."""
+        """Content key of the sequence's full block `index`: a digest of its request's salt and of all tokens up to the block's end."""
         keys, size = seq.block_keys, self.block_size
         while len(keys) <= index:
             start = len(keys) * size
-            digest = hashlib.blake2b(keys[-1] if keys else b"", digest_size=16)
+            digest = hashlib.blake2b(keys[-1] if keys else _root(seq.request.cache_salt), digest_size=16)
             digest.update(array("q", seq.tokens[start : start + size]).tobytes())
             keys.append(digest.digest())
         return keys[index]

@@ -189,6 +189,7 @@ def _job(body: GenerationBody, serving: Serving, asked: _Asked, ignored: tuple[s
             grammar=asked.held.grammar if asked.held else None,
             prediction_ids=asked.predicted,
             choices=tuple(Choice(index) for index in range(_num_choices(body))),
+            cache_salt=body.cache_salt or "",
             priority=body.priority or 0,
         )
         for i, prompt in enumerate(asked.prompts)

@@ -148,6 +148,9 @@ class GenerationBody(Body):
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="end the answer, beside the model's own")
     include_stop_str_in_output: bool | None = Field(None, description="true: what ended the answer is part of it, if it has a text")
     priority: int | None = Field(None, ge=-INT_MAX - 1, le=INT_MAX, description="a lower one is served earlier; equal ones as they come")
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="a secret: the prompt is cached for requests with the same one alone; none: for all that have none"
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="every prompt of the request uses it; none: each has a random one")
     stop: Stops | None = None
     n: int | None = Field(None, ge=1, le=128)

@@ -74,6 +74,14 @@ def test_each_prompt_has_a_seed_of_its_own_unless_one_was_given(running: Engine)
     assert seeded[0].token_ids == seeded[1].token_ids
 
 
+def test_prompts_are_cached_for_those_with_the_same_salt(running: Engine) -> None:
+    def asked(id: str, salt: str) -> int:
+        request = Request(id=id, prompt_ids=tuple(range(3, 20)) * 2, sampling=GREEDY, cache_salt=salt)
+        return max(delta.num_cached_tokens for delta in running.stream([request]))
+
+    assert [asked(f"{salt} {i}", salt) for salt in ("", "mine", "yours") for i in range(2)] == [0, 32] * 3
+
+
 def test_nothing_runs_if_one_prompt_cannot_be_served(running: Engine) -> None:
     with pytest.raises(ContextLengthExceeded):
         running.generate([[1], [1] * 60], GREEDY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from engine.plan import DraftBatch, Logprobs, QKind, RowsWanted, StepPlan, Verdict
 from engine.request import Choice, Request, SamplingParams, SpeculationParams, TokenLogprobs
 from engine.sequence import Sequence
@@ -19,8 +21,8 @@ def make_request(
     )
 
 
-def make_sequence(tokens: tuple[int, ...], num_computed: int = 0) -> Sequence:
-    seq = Sequence(make_request(prompt=tokens), Choice())
+def make_sequence(tokens: tuple[int, ...], num_computed: int = 0, salt: str = "") -> Sequence:
+    seq = Sequence(msgspec.structs.replace(make_request(prompt=tokens), cache_salt=salt), Choice())
     seq.num_computed = num_computed
     return seq
 

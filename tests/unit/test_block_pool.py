@@ -7,9 +7,9 @@ from engine.sequence import Sequence
 from tests.unit.factories import make_sequence
 
 
-def computed(pool: BlockPool, tokens: tuple[int, ...], drafter_computed: int = 0) -> Sequence:
+def computed(pool: BlockPool, tokens: tuple[int, ...], drafter_computed: int = 0, salt: str = "") -> Sequence:
     """A sequence whose tokens are all computed, and published."""
-    seq = make_sequence(tokens)
+    seq = make_sequence(tokens, salt=salt)
     assert pool.grow(seq, len(tokens))
     seq.num_computed, seq.drafter_computed = len(tokens), drafter_computed
     pool.publish(seq)
@@ -32,6 +32,21 @@ def test_a_prefix_is_found_by_content_and_never_the_whole_prompt() -> None:
     assert pool.match(make_sequence((1, 2, 3, 4, 9))) == seq.block_table[:2]
     assert pool.match(make_sequence((1, 2, 3, 4))) == seq.block_table[:1], "one row must be computed"
     assert pool.match(make_sequence((9, 2, 3, 4, 5))) == [], "a block's key covers everything before it"
+
+
+def test_a_prefix_is_found_by_those_with_the_same_salt_alone() -> None:
+    pool = BlockPool(16, 2)
+    made = {salt: computed(pool, (1, 2, 3, 4, 5), salt=salt).block_table[:2] for salt in ("", "a", "b")}
+    for salt, blocks in made.items():
+        assert pool.match(make_sequence((1, 2, 3, 4, 9), salt=salt)) == blocks
+    assert pool.match(make_sequence((1, 2, 3, 4, 9), salt="c")) == []
+
+
+def test_a_salt_cannot_name_the_key_of_another_chain() -> None:
+    """Else a block would be found under tokens that it does not hold."""
+    pool, seq = BlockPool(16, 2), make_sequence((1, 2, 3, 4, 5))
+    seq.block_keys = [b"a key and a text"]
+    assert pool.key(make_sequence((3, 4, 5), salt="a key and a text"), 0) != pool.key(seq, 1)
 
 
 def test_a_freed_block_is_found_until_it_is_taken_again() -> None:
