@@ -50,6 +50,7 @@ _TRYING = 0.005  # share of the time that such tries may be expected to lose
 _TRYING_MEMORY = 0.999  # of what they may lose and did not, at the next step
 _MARGIN = 0.05  # by which drafts of many sequences must promise more than none: the best of many promises is the one most overrated
 _LEAST = 0.04  # survival behind which no row is worth looking at
+_MOST_READ = 4  # tokens that the drafter caught up with, for one that it drafted: beyond them a pass says nothing of what drafts cost
 _SHARING = 32  # rounds, at most, that share what reading the text costs a drafter
 _MAX_BATCH_BUCKET = 7  # 64 sequences and more
 
@@ -209,9 +210,10 @@ class AdaptiveLength(FixedLength):
         if timing.num_target_rows:  # else nobody could run
             self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds)
         self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
-        # a pass that catches up with many tokens of few sequences says little of one that drafts for as many
-        if self._drafter is not None and timing.num_drafter_calls and 2 * timing.num_late_rows <= timing.num_drafter_rows:
-            rows = max(1, timing.num_drafter_rows // timing.num_drafter_calls)
+        # Who drafts now and then reads what came meanwhile each time, and that is part of what drafts cost. The prompts of many are not.
+        num_drafted = timing.num_drafter_rows - timing.num_late_rows
+        if self._drafter is not None and timing.num_drafter_calls and timing.num_late_rows <= _MOST_READ * num_drafted:
+            rows = max(1, num_drafted // timing.num_drafter_calls)
             self._drafter.observe(rows, timing.drafter_seconds / timing.num_drafter_calls)
 
     def forget(self, seq: Sequence) -> None:

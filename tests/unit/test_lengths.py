@@ -303,3 +303,15 @@ def test_a_row_that_is_due_anyway_counts_as_spent() -> None:
         seq = Sequence(msgspec.structs.replace(make_request(), sampling=sampling), Choice())
         lengths.append(drafted(policy, seq, [0.75] * 8))
     assert lengths[0] < lengths[1]
+
+
+def test_what_a_drafter_reads_each_time_is_part_of_what_drafts_cost_and_a_prompt_is_not() -> None:
+    """Among many streams it drafts now and then, and in front of every draft stands what came meanwhile."""
+    drafter = PassCosts({1: 1.0, 8: 1.0})
+    policy = AdaptiveLength(4, PassCosts({1: 10.0}), drafter)
+    for _ in range(100):
+        policy.observe_step(StepTiming(1, 10.0, 1, 100, 99, 50.0))
+    assert drafter.at(1) == 1.0
+    for _ in range(100):
+        policy.observe_step(StepTiming(1, 10.0, 1, 4, 3, 2.0))
+    assert drafter.at(1) == pytest.approx(2.0, rel=0.02)
