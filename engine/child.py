@@ -60,8 +60,7 @@ def main(endpoint: str, incarnation: str) -> NoReturn:
         line.send(Failed.of(incarnation, error))
     except BaseException as error:  # noqa: BLE001  # whatever it is, the parent hears of it
         _log.exception("The engine stopped at an internal error")
-        what = f"The engine stopped at an internal error ({type(error).__name__}: {error})."
-        line.send(Failed.of(incarnation, EngineDead(what)))
+        line.send(Failed.of(incarnation, EngineDead.of(error)))
     while True:
         signal.pause()  # the parent reads the frame and closes the pipe
 

@@ -213,7 +213,7 @@ class ThreadClient:
                 self._post(partial(self._deliver, output))
         except BaseException as error:  # noqa: BLE001  # it is logged, and told to everyone who waits or calls
             _log.exception("The engine stopped at an internal error")
-            dead = EngineDead(f"The engine stopped at an internal error ({type(error).__name__}: {error}).")
+            dead = EngineDead.of(error)
             dead.__cause__ = error
             self._post(partial(self._lose, dead))
 

@@ -91,6 +91,11 @@ class EngineRestarting(ServerError):
 class EngineDead(ServerError):
     """The engine failed or was closed; requests that it was running are lost."""
 
+    @classmethod
+    def of(cls, error: BaseException) -> EngineDead:
+        """What clients hear of an error that nobody foresaw: not its text, which the log has, since that may quote what others asked."""
+        return cls(f"The engine stopped at an internal error ({type(error).__name__}).")
+
 
 class ConfigError(ServerError):
     """The deployment cannot be served as configured; raised while loading, before anything is served."""

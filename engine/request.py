@@ -80,7 +80,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None  # what every answer must be, as engine/grammar/automaton.py reads it
     prediction_ids: tuple[int, ...] = ()  # what the answer is likely to be, in the client's opinion
     choices: tuple[Choice, ...] = (Choice(),)
-    cache_salt: str = ""  # the prompt's KV is shared with requests of the same salt alone, so that its latency tells others nothing
+    cache_salt: str = ""  # the prompt's KV is shared with requests of the same salt alone: finding it tells others nothing
     priority: int = 0  # a lower one comes first, 32 bits; equal ones come in the order of their arrival
     arrived_at: float = msgspec.field(default_factory=time.monotonic)  # the machine's monotonic clock, the same in all processes
 

@@ -95,7 +95,10 @@ class Suspects:
 
 
 def _identity(request: Request) -> bytes:
-    """A digest of the request but for what every try has anew: its id, when it came and how urgent it is, and a seed that nobody gave."""
+    """A digest of the request but for what every try has anew: its id, when it came and how urgent it is, and a seed that nobody gave.
+
+    Its cache_salt is part of it: nobody learns from a refusal what requests others have sent.
+    """
     sampling = request.sampling if request.sampling.is_seeded else msgspec.structs.replace(request.sampling, seed=0)
     same = msgspec.structs.replace(request, id="", arrived_at=0.0, priority=0, sampling=sampling)
     return hashlib.blake2b(msgspec.msgpack.encode(same), digest_size=16).digest()

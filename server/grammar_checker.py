@@ -101,6 +101,9 @@ class Checker:
                 return Checked(**self._answer_to(question))
             except TimeoutError as error:  # it had no processor: one that has it ends by itself
                 self._end()
+                _log.warning(
+                    "A grammar of %d bytes was not checked within %d s; is this machine busy?", len(question), _PATIENCE * self._seconds
+                )
                 raise NotChecked from error
             except (OSError, EOFError):
                 if self._end() == -signal.SIGXCPU:

@@ -27,7 +27,7 @@ class Model(enum.IntFlag):
 def _root(salt: str) -> bytes:
     """What a chain of content keys begins with. A digest of its own kind: a salt must not be able to name a key of another chain, whose
     block would then be found under tokens that it does not hold."""
-    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"salt").digest() if salt else b""
+    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"salt").digest() if salt else b""
 
 
 class BlockPool:

@@ -40,7 +40,7 @@ async def test_a_crash_fails_what_is_open_and_the_engine_comes_back() -> None:
 async def test_a_step_that_raises_is_a_loss_with_its_reason() -> None:
     async with started(fails_at=3) as client:
         stream = client.submit(make_request(max_tokens=10))
-        with pytest.raises(EngineDead, match=r"internal error \(RuntimeError: boom\)"):
+        with pytest.raises(EngineDead, match=r"internal error \(RuntimeError\)"):
             await tokens_of(stream)
         await back(client)
         assert await tokens_of(client.submit(make_request(max_tokens=2))) == [0, 1]
@@ -54,7 +54,7 @@ async def test_an_engine_that_hangs_is_killed_and_comes_back() -> None:
         stream, stopped = client.submit(make_request(max_tokens=10**5)), child_of(client)
         await anext(stream)
         stopped.suspend()
-        with pytest.raises(EngineDead, match="hung: nothing was heard of it for 2 s"):
+        with pytest.raises(EngineDead, match=r"hung: nothing was heard of it for \d+ s"):
             await tokens_of(stream)
         await back(client)
         assert not stopped.is_running()

@@ -75,7 +75,7 @@ def test_every_line_of_both_processes_is_json() -> None:
     assert said[0] == "Loading the fake"
     assert any(text.startswith("Loaded ") for text in said)
     assert said[-1] == "Stopped"
-    assert any(line["logger"] == "engine.process" and "boom" in line["message"] for line in lines), "the loss itself"
+    assert any(line["logger"] == "engine.process" and "(RuntimeError)" in line["message"] for line in lines), "the loss itself"
 
 
 def test_for_people_both_look_alike() -> None:

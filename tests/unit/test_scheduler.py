@@ -111,6 +111,16 @@ def test_siblings_wait_for_the_first_and_then_share_its_blocks() -> None:
     assert scheduler.counters.num_prefix_hit_tokens == 16
 
 
+def test_equal_prompts_of_different_salts_neither_wait_for_each_other_nor_share() -> None:
+    scheduler = make_scheduler(budget=32, length=0)
+    for name in ("a", "b"):
+        scheduler.add(msgspec.structs.replace(make_request(name, tuple(range(9))), cache_salt=name))
+    plan, _ = step(scheduler)
+    assert shape(plan) == [("a", 9, 0, True), ("b", 9, 0, True)]
+    first, second = (set(seq.block_table) for seq in scheduler.running)
+    assert first.isdisjoint(second)
+
+
 def test_a_sibling_does_not_wait_for_a_leader_that_has_gone() -> None:
     scheduler = make_scheduler(budget=4, length=0)
     scheduler.add(make_request("a", tuple(range(9))))

@@ -52,8 +52,10 @@ def test_a_request_is_refused_after_three_losses() -> None:
     suspects.check(make_request(max_tokens=5))
 
 
-@pytest.mark.parametrize("what", [{"grammar": "a"}, {"prediction_ids": (1,)}, {"choices": (Choice(0), Choice(1))}], ids=str)
-def test_all_that_shapes_an_answer_makes_it_another_request(what: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "what", [{"grammar": "a"}, {"prediction_ids": (1,)}, {"choices": (Choice(0), Choice(1))}, {"cache_salt": "a"}], ids=str
+)
+def test_all_that_shapes_an_answer_and_a_salt_make_it_another_request(what: dict[str, Any]) -> None:
     suspects, plain = Suspects(Supervision(max_losses=1)), make_request()
     crashing = msgspec.structs.replace(plain, **what)
     suspects.accuse([crashing])
