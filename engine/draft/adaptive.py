@@ -5,7 +5,8 @@ acceptance rates up to j; drafts are taken in the order of their survival as lon
 
     (sequences + sum of survivals) / (seconds of the target over all rows + seconds of the drafter's calls)
 
-can still grow, and only if it grows by some per cent at all, so length zero is a choice like any other. Sources: Liu et al., "Optimizing
+can still grow, and only if it grows by some per cent at all, so length zero is a choice like any other. What the step's prompts take is left
+out of those seconds: it passes with drafts or without, and beside a long one every draft would look cheap. Sources: Liu et al., "Optimizing
 Speculative Decoding for Serving Large Language Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection for Batch
 Speculative Decoding" (2025), whose order this is: survivals fall along a sequence, so the greedy choice is the best one of its size.
 
@@ -71,6 +72,7 @@ class _Round:
     tokens: float = 0.0  # expected to be emitted, drafts so far included
     num_rows: int = 0  # of the target, drafts so far included
     drafter_seconds: float = 0.0  # spent
+    prompt_seconds: float = 0.0  # that the target's pass takes for rows of prompts
     stand: dict[Sequence, float] = field(default_factory=dict)  # of each sequence's drafts so far, how many are expected to
 
     def begin(self, seq: Sequence, survivals: ListLike[float]) -> None:
@@ -132,8 +134,10 @@ class AdaptiveLength(FixedLength):
         self._priors = self._of_all().mixed_with([_PRIOR_RATE] * self.max_length)
         outlooks = [self._outlook(seq, min(limit, self.max_length)) for seq, limit in zip(seqs, limits, strict=True)]
         slots = sorted(((-s, j, b) for b, outlook in enumerate(outlooks) for j, s in enumerate(outlook.survivals)))[: max(0, budget)]
-        row_seconds = self._call(len(seqs)) if any(seq.needs_q for seq in seqs) else 0.0  # of rows that are due without any draft
-        self._round = _Round(len(seqs), num_rows, row_seconds)
+        num_due = sum(seq.needs_q for seq in seqs)
+        row_seconds = self._call(num_due) if num_due else 0.0  # of rows that are due without any draft
+        prompt_seconds = self._target.at(num_rows) - self._target.at(len(seqs))
+        self._round = _Round(len(seqs), num_rows, row_seconds, prompt_seconds)
         lengths = [0] * len(seqs)
         for _, _, b in slots[: self._best([(-s, outlooks[b].calls(j), outlooks[b].late_seconds) for s, j, b in slots])]:
             lengths[b] += 1
@@ -169,7 +173,7 @@ class AdaptiveLength(FixedLength):
     def _num_to_go_on(self, chances: ListLike[_Chance]) -> int:
         """How many of these, in their order, are to draft on."""
         now, best = self._round, 0
-        best_rate = now.tokens / (self._target.at(now.num_rows) + now.drafter_seconds)
+        best_rate = now.tokens / self._seconds(now.num_rows, now.drafter_seconds)
         most = max((chance.room for chance in chances), default=0)
         gained, num_drafts = [0.0] * most, [0] * most  # of the next, the second next ... drafts of the first `num` sequences
         for num, chance in enumerate(chances, 1):
@@ -178,7 +182,7 @@ class AdaptiveLength(FixedLength):
                 gained[depth] += chance.next * chance.mean**depth
                 num_drafts[depth] += 1
             for length, (tokens, rows) in enumerate(zip(accumulate(gained), accumulate(num_drafts), strict=True), 1):
-                rate = (now.tokens + tokens) / (self._target.at(now.num_rows + rows) + now.drafter_seconds + length * call)
+                rate = (now.tokens + tokens) / self._seconds(now.num_rows + rows, now.drafter_seconds + length * call)
                 if rate > best_rate:
                     best, best_rate = num, rate
         return best
@@ -224,8 +228,7 @@ class AdaptiveLength(FixedLength):
         """How many slots to take, beside what is spent in any case, given of each its survival, the calls that it needs, and what its
         sequence's first draft costs besides."""
         tokens, num_rows, drafter_seconds = self._round.tokens, self._round.num_rows, self._round.drafter_seconds
-        seconds = self._target.at  # asked for every slot
-        best, best_rate = 0, tokens / (seconds(num_rows) + drafter_seconds) if tokens else 0.0
+        best, best_rate = 0, tokens / self._seconds(num_rows, drafter_seconds) if tokens else 0.0
         wanted = _wanted(round(tokens)) if tokens else 1.0  # nothing is drafted so far, so there is a token of each sequence
         by_depth: dict[int, int] = {}
         for num, (survival, depth, late) in enumerate(slots, 1):
@@ -235,12 +238,16 @@ class AdaptiveLength(FixedLength):
                 drafter_seconds += late if depth == 1 else 0.0
                 by_depth[depth] = by_depth.get(depth, 0) + 1
                 drafter_seconds += self._call(by_depth[depth]) - before
-            rate = tokens / (seconds(num_rows + num) + drafter_seconds)
+            rate = tokens / self._seconds(num_rows + num, drafter_seconds)
             if by_depth:  # what is foreseen, or looked up, is no promise of the drafter's
                 rate /= wanted
             if rate > best_rate:
                 best, best_rate = num, rate
         return best
+
+    def _seconds(self, num_rows: int, drafter_seconds: float) -> float:
+        """Of a step with so many rows of the target, prompts left out."""
+        return self._target.at(num_rows) - self._round.prompt_seconds + drafter_seconds
 
     def _call(self, rows: int) -> float:
         return 0.0 if self._drafter is None else self._drafter.at(rows)
@@ -300,7 +307,7 @@ class AdaptiveLength(FixedLength):
     def _may_try(self, seq: Sequence, outlook: _Outlook, num_drafts: int) -> bool:
         """Whether one more draft, of the sequence's drafter, may be tried beside `num_drafts` of the step. It is paid for at once."""
         now = self._round
-        num_rows, pace = now.num_rows + num_drafts, now.tokens / (self._target.at(now.num_rows) + now.drafter_seconds)
+        num_rows, pace = now.num_rows + num_drafts, now.tokens / self._seconds(now.num_rows, now.drafter_seconds)
         seconds = self._target.at(num_rows + 1) - self._target.at(num_rows) + self._call(max(1, len(seq.tokens) - seq.drafter_computed))
         loss = max(0.0, seconds - outlook.survivals[outlook.num_foreseen] / pace)
         if loss > self._allowance:

@@ -223,8 +223,7 @@ class Scheduler:
 
     def _with_drafts(self, plan: list[Chunk], left: int) -> Iterator[Chunk]:
         """Reserve draft slots where budget and memory are left. Drafts preempt nobody."""
-        able = [chunk for chunk in plan if chunk.completes and chunk.seq.request.speculation.enabled]
-        seqs = [chunk.seq for chunk in able]
+        seqs = [chunk.seq for chunk in plan if chunk.completes]  # who may not draft emits, too
         limits = [self._draft_limit(seq) for seq in seqs]
         lengths = self.policy.lengths(seqs, limits, left, sum(chunk.num_tokens for chunk in plan))
         wanted = dict(zip(seqs, lengths, strict=True))
@@ -236,7 +235,7 @@ class Scheduler:
 
     def _draft_limit(self, seq: Sequence) -> int:
         """Drafts that the request allows, and that may still be emitted in front of one more token."""
-        if not self.followed.may_draft(seq):
+        if not seq.request.speculation.enabled or not self.followed.may_draft(seq):
             return 0
         asked = seq.request.speculation.max_draft
         return max(0, min(seq.num_remaining - 1, self.policy.max_length if asked is None else asked))

@@ -235,6 +235,23 @@ def test_a_pass_has_the_rows_that_are_due_however_small_the_budget() -> None:
     assert policy.lengths(sequences(8), [1] * 8, 24, 200) == [1] * 8
 
 
+def test_drafts_look_no_cheaper_beside_a_prompt() -> None:
+    """What its tokens take passes in any case: a token is worth what it takes without them."""
+    seconds = {1: 0.1, 256: 25.6}
+    policy, seqs = adaptive({**seconds, 16: 1.0}), sequences(16)
+    assert chosen(policy, seqs) == [0] * 16, "a row for a second's tenth, where 16 of them bring 16 tokens in one second"
+    assert policy.lengths(seqs, [8] * 16, BUDGET, 200) == [0] * 16
+
+
+def test_nobody_goes_on_for_a_prompt() -> None:
+    def going(num_rows: int) -> list[bool]:
+        policy, seqs = adaptive({1: 1.0, 16: 2.5, 256: 26.5}, {1: 0.1, 256: 0.1}), sequences(1)
+        policy.lengths(seqs, [8], BUDGET, num_rows)
+        return policy.who_goes_on([Drafting(seqs[0], [0.05], 4)])
+
+    assert going(1) == going(200) == [False]
+
+
 def test_prompts_are_left_for_later_where_drafts_do_not_pay() -> None:
     policy, seqs = adaptive({1: 1.0, 8: 1.1, 16: 2.0, 32: 2.5}, {1: 0.05, 16: 0.4}), sequences(16)
     assert policy.expects_drafts(1)

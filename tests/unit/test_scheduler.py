@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from engine.draft.adaptive import AdaptiveLength
+from engine.draft.costs import PassCosts
 from engine.draft.length import FixedLength
 from engine.kv.block_pool import BlockPool
 from engine.plan import StepPlan
@@ -89,6 +91,16 @@ def test_no_more_is_drafted_than_may_be_emitted() -> None:
     plan, [delta] = step(scheduler, (9, 1))
     assert shape(plan) == [("a", 3, 1, True)]
     assert delta.finish_reason is FinishReason.LENGTH
+
+
+def test_a_draft_must_be_worth_more_than_what_those_emit_who_may_not_draft() -> None:
+    costs = {1: 1.0, 16: 1.6, 32: 3.2}  # a row among many takes a tenth of what sixteen tokens do
+    scheduler = Scheduler(BlockPool(64, 4), Limits(16, 256), AdaptiveLength(8, PassCosts(costs), PassCosts({1: 0.05})))
+    for i in range(16):
+        scheduler.add(msgspec.structs.replace(make_request(f"r{i}"), speculation=SpeculationParams(enabled=i == 0)))
+    step(scheduler, num_draft=0)
+    plan, _ = step(scheduler, num_draft=0)
+    assert shape(plan) == [(f"r{i}", 1, 0, True) for i in range(16)]
 
 
 def test_a_request_may_ask_for_fewer_drafts() -> None:
