@@ -245,6 +245,7 @@ class _Clock:
 def _timing(ran: _Ran, clock: _Clock) -> StepTiming:
     return StepTiming(
         num_target_rows=clock.num_plain_rows + ran.drafts.num_draft_tokens,
+        num_drafts=ran.drafts.num_draft_tokens,
         target_seconds=clock.verify_seconds,
         num_drafter_calls=ran.drafts.num_passes,
         num_drafter_rows=ran.drafts.num_rows,

@@ -249,7 +249,8 @@ class Drafter(Protocol):
 class StepTiming:
     """What one step ran, and how long that took."""
 
-    num_target_rows: int
+    num_target_rows: int  # drafts included
+    num_drafts: int
     target_seconds: float  # from the drafts to the verdict
     num_drafter_calls: int  # passes of the drafter
     num_drafter_rows: int  # over so many tokens in all

@@ -5,10 +5,10 @@ acceptance rates up to j; drafts are taken in the order of their survival as lon
 
     (sequences + sum of survivals) / (seconds of the target over all rows + seconds of the drafter's calls)
 
-can still grow, and only if it grows by some per cent at all, so length zero is a choice like any other. What the step's prompts take is left
-out of those seconds: it passes with drafts or without, and beside a long one every draft would look cheap. Sources: Liu et al., "Optimizing
-Speculative Decoding for Serving Large Language Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection for Batch
-Speculative Decoding" (2025), whose order this is: survivals fall along a sequence, so the greedy choice is the best one of its size.
+can still grow, and only if it grows by some per cent at all, so length zero is a choice like any other. What the step's prompts take is
+left out of those seconds: it passes with drafts or without, and beside a long prompt every draft would look cheap. Sources: Liu et al.,
+"Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection
+for Batch Speculative Decoding" (2025), whose order this is: survivals fall along a sequence, so the greedy choice is the best of its size.
 
 For drafts that are looked up this is how many are made. What a model drafts stands in runs: a name or a phrase that it knows, then a word
 that it does not. So who drafts at all may draft up to the maximum, and behind every call of the drafter all are asked together who goes on:
@@ -73,6 +73,7 @@ class _Round:
     num_rows: int = 0  # of the target, drafts so far included
     drafter_seconds: float = 0.0  # spent
     prompt_seconds: float = 0.0  # that the target's pass takes for rows of prompts
+    window_seconds: float = 0.0  # that it takes for having drafts at all
     stand: dict[Sequence, float] = field(default_factory=dict)  # of each sequence's drafts so far, how many are expected to
 
     def begin(self, seq: Sequence, survivals: ListLike[float]) -> None:
@@ -137,7 +138,7 @@ class AdaptiveLength(FixedLength):
         num_due = sum(seq.needs_q for seq in seqs)
         row_seconds = self._call(num_due) if num_due else 0.0  # of rows that are due without any draft
         prompt_seconds = self._target.at(num_rows) - self._target.at(len(seqs))
-        self._round = _Round(len(seqs), num_rows, row_seconds, prompt_seconds)
+        self._round = _Round(len(seqs), num_rows, row_seconds, prompt_seconds, self._targets.windows(self._bucket))
         lengths = [0] * len(seqs)
         for _, _, b in slots[: self._best([(-s, outlooks[b].calls(j), outlooks[b].late_seconds) for s, j, b in slots])]:
             lengths[b] += 1
@@ -173,7 +174,7 @@ class AdaptiveLength(FixedLength):
     def _num_to_go_on(self, chances: ListLike[_Chance]) -> int:
         """How many of these, in their order, are to draft on."""
         now, best = self._round, 0
-        best_rate = now.tokens / self._seconds(now.num_rows, now.drafter_seconds)
+        best_rate = now.tokens / self._seconds(now.num_rows, now.drafter_seconds, True)
         most = max((chance.room for chance in chances), default=0)
         gained, num_drafts = [0.0] * most, [0] * most  # of the next, the second next ... drafts of the first `num` sequences
         for num, chance in enumerate(chances, 1):
@@ -182,7 +183,7 @@ class AdaptiveLength(FixedLength):
                 gained[depth] += chance.next * chance.mean**depth
                 num_drafts[depth] += 1
             for length, (tokens, rows) in enumerate(zip(accumulate(gained), accumulate(num_drafts), strict=True), 1):
-                rate = (now.tokens + tokens) / self._seconds(now.num_rows + rows, now.drafter_seconds + length * call)
+                rate = (now.tokens + tokens) / self._seconds(now.num_rows + rows, now.drafter_seconds + length * call, True)
                 if rate > best_rate:
                     best, best_rate = num, rate
         return best
@@ -195,7 +196,8 @@ class AdaptiveLength(FixedLength):
         target, shared = self._targets.of(bucket), self._shared.get(bucket)
         rate = shared.own[0].mixed_with(_PRIOR_RATE) if shared is not None else _PRIOR_RATE
         pace = _wanted(num_seqs) * num_seqs / target.at(num_seqs)
-        return any((num_seqs + num * rate) / (target.at(num_seqs + num) + self._call(num)) > pace for num in (1, num_seqs))
+        windows = self._targets.windows(bucket)
+        return any((num_seqs + num * rate) / (target.at(num_seqs + num) + windows + self._call(num)) > pace for num in (1, num_seqs))
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         if not num_draft:
@@ -212,7 +214,7 @@ class AdaptiveLength(FixedLength):
 
     def observe_step(self, timing: StepTiming) -> None:
         if timing.num_target_rows:  # else nobody could run
-            self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds)
+            self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds, timing.num_drafts > 0)
         self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
         # Who drafts now and then reads what came meanwhile each time, and that is part of what drafts cost. The prompts of many are not.
         num_drafted = timing.num_drafter_rows - timing.num_late_rows
@@ -228,7 +230,7 @@ class AdaptiveLength(FixedLength):
         """How many slots to take, beside what is spent in any case, given of each its survival, the calls that it needs, and what its
         sequence's first draft costs besides."""
         tokens, num_rows, drafter_seconds = self._round.tokens, self._round.num_rows, self._round.drafter_seconds
-        best, best_rate = 0, tokens / self._seconds(num_rows, drafter_seconds) if tokens else 0.0
+        best, best_rate = 0, tokens / self._seconds(num_rows, drafter_seconds, False) if tokens else 0.0
         wanted = _wanted(round(tokens)) if tokens else 1.0  # nothing is drafted so far, so there is a token of each sequence
         by_depth: dict[int, int] = {}
         for num, (survival, depth, late) in enumerate(slots, 1):
@@ -238,16 +240,17 @@ class AdaptiveLength(FixedLength):
                 drafter_seconds += late if depth == 1 else 0.0
                 by_depth[depth] = by_depth.get(depth, 0) + 1
                 drafter_seconds += self._call(by_depth[depth]) - before
-            rate = tokens / self._seconds(num_rows + num, drafter_seconds)
+            rate = tokens / self._seconds(num_rows + num, drafter_seconds, True)
             if by_depth:  # what is foreseen, or looked up, is no promise of the drafter's
                 rate /= wanted
             if rate > best_rate:
                 best, best_rate = num, rate
         return best
 
-    def _seconds(self, num_rows: int, drafter_seconds: float) -> float:
+    def _seconds(self, num_rows: int, drafter_seconds: float, has_drafts: bool) -> float:
         """Of a step with so many rows of the target, prompts left out."""
-        return self._target.at(num_rows) - self._round.prompt_seconds + drafter_seconds
+        now = self._round
+        return self._target.at(num_rows) - now.prompt_seconds + has_drafts * now.window_seconds + drafter_seconds
 
     def _call(self, rows: int) -> float:
         return 0.0 if self._drafter is None else self._drafter.at(rows)
@@ -307,8 +310,10 @@ class AdaptiveLength(FixedLength):
     def _may_try(self, seq: Sequence, outlook: _Outlook, num_drafts: int) -> bool:
         """Whether one more draft, of the sequence's drafter, may be tried beside `num_drafts` of the step. It is paid for at once."""
         now = self._round
-        num_rows, pace = now.num_rows + num_drafts, now.tokens / self._seconds(now.num_rows, now.drafter_seconds)
-        seconds = self._target.at(num_rows + 1) - self._target.at(num_rows) + self._call(max(1, len(seq.tokens) - seq.drafter_computed))
+        pace = now.tokens / self._seconds(now.num_rows, now.drafter_seconds, False)
+        before = self._seconds(now.num_rows + num_drafts, 0.0, num_drafts > 0)
+        call = self._call(max(1, len(seq.tokens) - seq.drafter_computed))
+        seconds = self._seconds(now.num_rows + num_drafts + 1, call, True) - before
         loss = max(0.0, seconds - outlook.survivals[outlook.num_foreseen] / pace)
         if loss > self._allowance:
             return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from engine.draft.costs import ROWS, CostsByBatch, PassCosts
@@ -87,6 +89,27 @@ def test_costs_can_begin_with_nothing() -> None:
     for wrong in ({1: 0.0}, {1: float("nan")}, {7: 1.0}):
         with pytest.raises(ValueError, match="costs"):
             PassCosts(wrong)
+
+
+def test_passes_that_check_drafts_take_longer_than_their_rows() -> None:
+    """Of a batch of thirteen sequences that shrinks: drafts are seen seldom, and their rows are as many as those of the batch before."""
+    costs = CostsByBatch(PassCosts({1: 1.0, 10: 1.5, 16: 2.0, 32: 3.0}))
+    for _ in range(100):
+        for _ in range(9):
+            costs.observe(8, 16, 2.0)
+            costs.observe(8, 10, 1.5)
+        costs.observe(8, 16, 2.6, True)
+    assert costs.of(8).at(16) == pytest.approx(2.0, rel=0.02)
+    assert costs.of(8).at(16) + costs.windows(8) == pytest.approx(2.6, rel=0.02)
+    costs.observe(16, 16, 2.0)
+    assert costs.windows(16) == pytest.approx(0.6, rel=0.05), "a batch of another size begins with what is known"
+
+
+def test_what_drafts_take_is_not_found_in_noise() -> None:
+    costs, rng = CostsByBatch(PassCosts({1: 1.0, 32: 1.0})), random.Random(1)
+    for i in range(2000):
+        costs.observe(1, 4, rng.choice((0.8, 1.2)), i % 2 == 0)
+    assert costs.of(1).at(4) + costs.windows(1) == pytest.approx(1.0, abs=0.08)
 
 
 def test_costs_of_many_sequences_are_not_those_of_few() -> None:

@@ -123,7 +123,7 @@ def test_a_drafter_that_was_given_up_is_tried_again_though_something_is_always_f
         lengths.append(length_of(idle, seq))
         idle.observe(seq, lengths[-1], 2, (CERTAIN, CERTAIN, *[0.5] * (lengths[-1] - 2)))
         num_calls = lengths[-1] - 2
-        idle.observe_step(StepTiming(1 + lengths[-1], 1.0, num_calls, num_calls, 0, 0.6 * num_calls))
+        idle.observe_step(StepTiming(1 + lengths[-1], lengths[-1], 1.0, num_calls, num_calls, 0, 0.6 * num_calls))
     assert set(lengths) == {2, 3}
     assert 0 < lengths.count(3) < 20
 

@@ -103,7 +103,7 @@ class World:
             num = next((i for i in range(length) if rng.random() >= self.rate), length)
             target, drafter = 1 + self.row * length, self.call * length
             policy.observe(seq, length, num, [0.5] * length)
-            policy.observe_step(StepTiming(1 + length, target, length, length, 0, drafter))
+            policy.observe_step(StepTiming(1 + length, length, target, length, length, 0, drafter))
             tokens, seconds = tokens + num + 1, seconds + target + drafter
         return tokens / seconds
 
@@ -142,7 +142,7 @@ def test_runs_are_followed_and_their_ends_are_seen(call: float) -> None:
             target, drafter = 1 + 0.01 * num, call * num
             if policy is not None:
                 policy.observe(seq, num, good, confidences[place : place + num])
-                policy.observe_step(StepTiming(1 + num, target, num, num, 0, drafter))
+                policy.observe_step(StepTiming(1 + num, num, target, num, num, 0, drafter))
             place, tokens, seconds = place + good + 1, tokens + good + 1, seconds + target + drafter
         return tokens / seconds
 
@@ -201,7 +201,7 @@ def test_tries_lose_a_hundredth_of_the_time_at_most() -> None:
             tokens += 1 + num
         num_drafts = sum(map(bool, lengths))
         late = num_drafts * 20
-        timing = StepTiming(16 + num_drafts, 1.6 + 0.1 * num_drafts, min(1, num_drafts), late, late, 0.3 * num_drafts)
+        timing = StepTiming(16 + num_drafts, num_drafts, 1.6 + 0.1 * num_drafts, min(1, num_drafts), late, late, 0.3 * num_drafts)
         policy.observe_step(timing)
         seconds += timing.target_seconds + timing.drafter_seconds
         num_tries += num_drafts
@@ -327,8 +327,8 @@ def test_what_a_drafter_reads_each_time_is_part_of_what_drafts_cost_and_a_prompt
     drafter = PassCosts({1: 1.0, 8: 1.0})
     policy = AdaptiveLength(4, PassCosts({1: 10.0}), drafter)
     for _ in range(100):
-        policy.observe_step(StepTiming(1, 10.0, 1, 100, 99, 50.0))
+        policy.observe_step(StepTiming(1, 0, 10.0, 1, 100, 99, 50.0))
     assert drafter.at(1) == 1.0
     for _ in range(100):
-        policy.observe_step(StepTiming(1, 10.0, 1, 4, 3, 2.0))
+        policy.observe_step(StepTiming(1, 0, 10.0, 1, 4, 3, 2.0))
     assert drafter.at(1) == pytest.approx(2.0, rel=0.02)
