@@ -274,8 +274,9 @@ class DraftLengthPolicy(Protocol):
     reads_confidence: bool  # whether it looks at the confidences of drafts
 
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int, num_rows: int) -> list[int]:
-        """Drafts for each sequence, chosen for the whole batch together: at most its limit, in all at most `budget`. The target's pass has
-        `num_rows` without them."""
+        """Drafts for each sequence, chosen for the whole batch together: at most its limit, in all at most `budget`. `seqs` are all that
+        emit in this step, those that may not draft with a limit of 0. The target's pass has `num_rows` without drafts: one of each, and
+        those of prompts."""
 
     def who_goes_on(self, drafting: ListLike[Drafting]) -> list[bool]:
         """Who is to draft on, of those that still drafted. Asked behind every call of the drafter."""

@@ -5,10 +5,11 @@ acceptance rates up to j; drafts are taken in the order of their survival as lon
 
     (sequences + sum of survivals) / (seconds of the target over all rows + seconds of the drafter's calls)
 
-can still grow, and only if it grows by some per cent at all, so length zero is a choice like any other. What the step's prompts take is
-left out of those seconds: it passes with drafts or without, and beside a long prompt every draft would look cheap. Sources: Liu et al.,
-"Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (2024); Wu et al., "TETRIS: Optimal Draft Token Selection
-for Batch Speculative Decoding" (2025), whose order this is: survivals fall along a sequence, so the greedy choice is the best of its size.
+can still grow, and only if it grows by some per cent at all, so length zero is a choice like any other. A pass with drafts takes longer
+than its rows alone (costs.py). What the step's prompts take is left out: it passes with drafts or without, and beside a long prompt every
+draft would look cheap. Sources: Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput" (2024); Wu et
+al., "TETRIS: Optimal Draft Token Selection for Batch Speculative Decoding" (2025), whose order this is: survivals fall along a sequence, so
+the greedy choice is the best one of its size.
 
 For drafts that are looked up this is how many are made. What a model drafts stands in runs: a name or a phrase that it knows, then a word
 that it does not. So who drafts at all may draft up to the maximum, and behind every call of the drafter all are asked together who goes on:
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from operator import mul
 
 from engine.draft.calibration import Calibration
@@ -73,7 +74,7 @@ class _Round:
     num_rows: int = 0  # of the target, drafts so far included
     drafter_seconds: float = 0.0  # spent
     prompt_seconds: float = 0.0  # that the target's pass takes for rows of prompts
-    window_seconds: float = 0.0  # that it takes for having drafts at all
+    draft_share: float = 0.0  # that the rest of the pass takes longer for having drafts at all
     stand: dict[Sequence, float] = field(default_factory=dict)  # of each sequence's drafts so far, how many are expected to
 
     def begin(self, seq: Sequence, survivals: ListLike[float]) -> None:
@@ -115,10 +116,12 @@ class AdaptiveLength(FixedLength):
         super().__init__(max_length)
         self._foresight = foresight or NoForesight()
         self._targets = CostsByBatch(target)
+        self._target = target  # of batches like that of the step that is being planned
         self._drafter = drafter
         self._shared: dict[int, Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
         self._predictions = Rate()  # of all sequences, whoever else is there: no drafter makes them
         self._bucket = 0  # of the step that is being planned
+        self._has_prompts = False  # that step
         self._round = _Round()
         self._priors = [_PRIOR_RATE] * max_length  # acceptance rates by position in that step, of a sequence of which nothing is known
         self._calibrations: dict[tuple[bool, str], Calibration] = {}  # by whether a request is greedy, and by its rule
@@ -126,19 +129,17 @@ class AdaptiveLength(FixedLength):
         self._histories: dict[Sequence, _History] = {}
         self._allowance = 0.0  # seconds that tries may lose now
 
-    @property
-    def _target(self) -> PassCosts:
-        return self._targets.of(self._bucket)
-
     def lengths(self, seqs: ListLike[Sequence], limits: ListLike[int], budget: int, num_rows: int) -> list[int]:
         self._bucket = _bucket(len(seqs))
+        self._target = self._targets.of(self._bucket)
         self._priors = self._of_all().mixed_with([_PRIOR_RATE] * self.max_length)
         outlooks = [self._outlook(seq, min(limit, self.max_length)) for seq, limit in zip(seqs, limits, strict=True)]
         slots = sorted(((-s, j, b) for b, outlook in enumerate(outlooks) for j, s in enumerate(outlook.survivals)))[: max(0, budget)]
         num_due = sum(seq.needs_q for seq in seqs)
         row_seconds = self._call(num_due) if num_due else 0.0  # of rows that are due without any draft
         prompt_seconds = self._target.at(num_rows) - self._target.at(len(seqs))
-        self._round = _Round(len(seqs), num_rows, row_seconds, prompt_seconds, self._targets.windows(self._bucket))
+        self._has_prompts = num_rows > len(seqs)
+        self._round = _Round(len(seqs), num_rows, row_seconds, prompt_seconds, self._targets.draft_share(self._bucket))
         lengths = [0] * len(seqs)
         for _, _, b in slots[: self._best([(-s, outlooks[b].calls(j), outlooks[b].late_seconds) for s, j, b in slots])]:
             lengths[b] += 1
@@ -196,8 +197,8 @@ class AdaptiveLength(FixedLength):
         target, shared = self._targets.of(bucket), self._shared.get(bucket)
         rate = shared.own[0].mixed_with(_PRIOR_RATE) if shared is not None else _PRIOR_RATE
         pace = _wanted(num_seqs) * num_seqs / target.at(num_seqs)
-        windows = self._targets.windows(bucket)
-        return any((num_seqs + num * rate) / (target.at(num_seqs + num) + windows + self._call(num)) > pace for num in (1, num_seqs))
+        longer = 1 + self._targets.draft_share(bucket)
+        return any((num_seqs + num * rate) / (longer * target.at(num_seqs + num) + self._call(num)) > pace for num in (1, num_seqs))
 
     def observe(self, seq: Sequence, num_draft: int, num_accepted: int, confidences: ListLike[float] = ()) -> None:
         if not num_draft:
@@ -214,7 +215,8 @@ class AdaptiveLength(FixedLength):
 
     def observe_step(self, timing: StepTiming) -> None:
         if timing.num_target_rows:  # else nobody could run
-            self._targets.observe(self._bucket, timing.num_target_rows, timing.target_seconds, timing.num_drafts > 0)
+            seen = timing.num_target_rows, timing.target_seconds
+            self._targets.observe(self._bucket, *seen, has_drafts=timing.num_drafts > 0, has_prompts=self._has_prompts)
         self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
         # Who drafts now and then reads what came meanwhile each time, and that is part of what drafts cost. The prompts of many are not.
         num_drafted = timing.num_drafter_rows - timing.num_late_rows
@@ -248,9 +250,9 @@ class AdaptiveLength(FixedLength):
         return best
 
     def _seconds(self, num_rows: int, drafter_seconds: float, has_drafts: bool) -> float:
-        """Of a step with so many rows of the target, prompts left out."""
+        """Of a step with so many rows of the target, all of them counted, but without the time of those of prompts."""
         now = self._round
-        return self._target.at(num_rows) - now.prompt_seconds + has_drafts * now.window_seconds + drafter_seconds
+        return (self._target.at(num_rows) - now.prompt_seconds) * (1 + has_drafts * now.draft_share) + drafter_seconds
 
     def _call(self, rows: int) -> float:
         return 0.0 if self._drafter is None else self._drafter.at(rows)
@@ -305,7 +307,12 @@ class AdaptiveLength(FixedLength):
             if outlook.calls(outlook.limit - 1) and history.idle_rounds > history.patience:
                 due.append(b)
         due.sort(key=lambda b: -self._history(seqs[b]).idle_rounds)
-        return list(takewhile(lambda b: self._may_try(seqs[b], outlooks[b], sum(lengths)), due))
+        trying = list[int]()
+        for b in due:
+            if not self._may_try(seqs[b], outlooks[b], sum(lengths) + len(trying)):
+                break
+            trying.append(b)
+        return trying
 
     def _may_try(self, seq: Sequence, outlook: _Outlook, num_drafts: int) -> bool:
         """Whether one more draft, of the sequence's drafter, may be tried beside `num_drafts` of the step. It is paid for at once."""

@@ -12,6 +12,7 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 
 
 _WEIGHT = 0.05  # of a new observation; an entry's first ones weigh more, as in a mean of which the table was the first _TRUST values
 _TRUST = 6
+_LARGEST_SHARE = 0.5  # that drafts are believed to add to a pass, so that a busy moment does not end them
 _OUTLIER = 2.0  # an observation counts as at most so many times what was expected, and at least 1 / that: a busy moment is no law
 
 
@@ -110,7 +111,7 @@ class CostsByBatch:
 
     A pass that checks drafts takes longer than one of as many rows without any: windows are looked up, attended and judged, not single
     tokens. Sixteen rows are mostly those of a batch of 13 to 16, and in one figure with them ten sequences would seem to get six drafts for
-    what sixteen tokens take. So where passes of as many rows are seen with drafts and without, the difference is learnt apart.
+    what sixteen tokens take. So where passes of as many rows are seen with drafts and without, the difference is learnt apart, as a share.
     """
 
     def __init__(self, first: PassCosts):
@@ -119,20 +120,24 @@ class CostsByBatch:
         self._by_batch: dict[int, _Batch] = {}
 
     def of(self, batch: int) -> PassCosts:
-        """Those of a size, or class of sizes, of batches; of one that was never observed, those of the batch that was observed last."""
+        """Those of passes without drafts, of a size, or class of sizes, of batches; of one that was never observed, those of the batch that
+        was observed last. What was only ever seen with drafts is in there as it was seen."""
         return self._by_batch.get(batch, self._latest).costs
 
-    def windows(self, batch: int) -> float:
-        """Seconds that a pass of such a batch takes for checking drafts at all, beside its rows."""
-        return self._by_batch.get(batch, self._latest).windows
+    def draft_share(self, batch: int) -> float:
+        """What a pass of such a batch takes longer for checking drafts at all: 0.1 is a tenth longer than its rows would take."""
+        return self._by_batch.get(batch, self._latest).draft_share
 
-    def observe(self, batch: int, rows: int, seconds: float, has_drafts: bool = False) -> None:
-        """A pass over so many rows of such a batch took so long."""
+    def observe(self, batch: int, rows: int, seconds: float, has_drafts: bool = False, has_prompts: bool = False) -> None:
+        """A pass over so many rows of such a batch took so long; whether drafts, or pieces of prompts, were among the rows."""
         if batch not in self._by_batch:  # nothing was seen of it yet, so larger passes go along with what is seen of smaller ones
             before = self._latest
-            self._by_batch[batch] = _Batch(PassCosts(before.costs.table(), before.costs.rows_run), before.mean_windows)
+            self._by_batch[batch] = _Batch(PassCosts(before.costs.table(), before.costs.rows_run), before.mean_share)
         self._latest = self._by_batch[batch]
-        self._latest.observe(rows, seconds, has_drafts)
+        if has_prompts:  # which take what their length and place make them take: they say nothing of drafts
+            self._latest.costs.observe(rows, seconds)
+        else:
+            self._latest.observe(rows, seconds, has_drafts)
 
 
 @dataclass(slots=True)
@@ -140,21 +145,20 @@ class _Batch:
     """What is known of batches of one size."""
 
     costs: PassCosts
-    mean_windows: float = 0.0  # what drafts take beside their rows; noise may have it below zero
+    mean_share: float = 0.0  # that passes with drafts take longer; noise may have it below zero
     num_compared: int = 0  # passes with drafts that it is the mean of
     num_plain: dict[int, int] = field(default_factory=dict)  # passes without drafts that were seen, by rows that are run
 
     @property
-    def windows(self) -> float:
-        return max(0.0, self.mean_windows)
+    def draft_share(self) -> float:
+        return max(0.0, self.mean_share)
 
     def observe(self, rows: int, seconds: float, has_drafts: bool) -> None:
-        run, windows = self.costs.rows_run(rows), self.windows
+        run, share = self.costs.rows_run(rows), self.draft_share
         if not has_drafts:
             self.num_plain[run] = self.num_plain.get(run, 0) + 1
-        elif self.num_plain.get(run, 0) >= _TRUST:  # else the table has it all: there is nothing else to tell them apart by
-            expected = self.costs.at(rows)
+        elif self.num_plain.get(run, 0) >= _TRUST:  # else there is nothing to tell rows and drafts apart by
             self.num_compared += 1
-            change = min(expected, max(-expected, seconds - expected)) - self.mean_windows
-            self.mean_windows += max(_WEIGHT, 1 / (_TRUST + self.num_compared)) * change
-        self.costs.observe(rows, max(seconds - windows * has_drafts, self.costs.at(rows) / _OUTLIER))
+            change = min(_LARGEST_SHARE, seconds / self.costs.at(rows) - 1) - self.mean_share
+            self.mean_share += max(_WEIGHT, 1 / (_TRUST + self.num_compared)) * change
+        self.costs.observe(rows, seconds / (1 + share * has_drafts))

@@ -29,7 +29,10 @@ class WithoutDrafts:
         self._costs = costs or PassCosts({})
 
     def seconds(self, work: StepWork, verify_seconds: float, schedule_seconds: float) -> float:
-        """The pass without the drafts' rows, then one more for all answers for every further token that each emitted."""
+        """The pass without the drafts' rows, then one more for all answers for every further token that each emitted.
+
+        What checking drafts takes beside their rows is not told from what rows take here (CostsByBatch): it makes both look dearer.
+        """
         if work.num_plain_rows + work.num_drafts:
             self._costs.observe(work.num_plain_rows + work.num_drafts, verify_seconds)
         first = self._costs.at(work.num_plain_rows) if work.num_drafts else verify_seconds

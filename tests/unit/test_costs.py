@@ -91,25 +91,45 @@ def test_costs_can_begin_with_nothing() -> None:
             PassCosts(wrong)
 
 
-def test_passes_that_check_drafts_take_longer_than_their_rows() -> None:
-    """Of a batch of thirteen sequences that shrinks: drafts are seen seldom, and their rows are as many as those of the batch before."""
-    costs = CostsByBatch(PassCosts({1: 1.0, 10: 1.5, 16: 2.0, 32: 3.0}))
-    for _ in range(100):
+def shrinking(costs: CostsByBatch, longer: float = 1.3, num: int = 100) -> None:
+    """A batch of thirteen sequences that shrinks: drafts are seen seldom, and their rows are as many as those of the batch before."""
+    for _ in range(num):
         for _ in range(9):
             costs.observe(8, 16, 2.0)
             costs.observe(8, 10, 1.5)
-        costs.observe(8, 16, 2.6, True)
+        costs.observe(8, 16, 2.0 * longer, has_drafts=True)
+
+
+def test_passes_that_check_drafts_take_longer_than_their_rows() -> None:
+    costs = CostsByBatch(PassCosts({1: 1.0, 10: 1.5, 16: 2.0, 32: 3.0}))
+    shrinking(costs)
     assert costs.of(8).at(16) == pytest.approx(2.0, rel=0.02)
-    assert costs.of(8).at(16) + costs.windows(8) == pytest.approx(2.6, rel=0.02)
-    costs.observe(16, 16, 2.0)
-    assert costs.windows(16) == pytest.approx(0.6, rel=0.05), "a batch of another size begins with what is known"
+    assert costs.of(8).at(10) == pytest.approx(1.5, rel=0.02)
+    assert costs.draft_share(8) == pytest.approx(0.3, rel=0.05)
+    for batch in (1, 16):
+        costs.observe(batch, batch, 1.0)
+        assert costs.draft_share(batch) == pytest.approx(0.3, rel=0.05), "a batch of another size begins with what is known"
 
 
-def test_what_drafts_take_is_not_found_in_noise() -> None:
+def test_what_drafts_take_is_not_found_in_noise_nor_in_prompts_nor_in_a_hiccup() -> None:
     costs, rng = CostsByBatch(PassCosts({1: 1.0, 32: 1.0})), random.Random(1)
     for i in range(2000):
-        costs.observe(1, 4, rng.choice((0.8, 1.2)), i % 2 == 0)
-    assert costs.of(1).at(4) + costs.windows(1) == pytest.approx(1.0, abs=0.08)
+        costs.observe(1, 4, rng.choice((0.8, 1.2)), has_drafts=i % 2 == 0)
+    assert costs.draft_share(1) < 0.1
+    assert costs.of(1).at(4) == pytest.approx(1.0, abs=0.1)
+    costs = CostsByBatch(PassCosts({1: 1.0, 64: 4.0}))
+    for i in range(100):  # the one at a prompt's end, the other at its beginning
+        costs.observe(1, 64, 8.0 if i % 2 else 4.0, has_drafts=bool(i % 2), has_prompts=True)
+    assert costs.draft_share(1) == 0
+    shrinking(costs, longer=1.0, num=10)
+    costs.observe(8, 16, 100.0, has_drafts=True)
+    assert costs.draft_share(8) < 0.1
+
+
+def test_costs_by_batch_can_begin_with_nothing() -> None:
+    costs = CostsByBatch(PassCosts({}))
+    costs.observe(1, 7, 0.25)
+    assert costs.of(1).at(7) == 0.25
 
 
 def test_costs_of_many_sequences_are_not_those_of_few() -> None:
