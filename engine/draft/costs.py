@@ -120,19 +120,19 @@ class CostsByBatch:
         self._by_batch: dict[int, _Batch] = {}
 
     def of(self, batch: int) -> PassCosts:
-        """Those of passes without drafts, of a size, or class of sizes, of batches; of one that was never observed, those of the batch that
-        was observed last. What was only ever seen with drafts is in there as it was seen."""
+        """Those of a size, or class of sizes, of batches; of one that was never observed, those of the batch that was observed last. They
+        are of passes without drafts: what was seen with drafts was divided by what drafts were known to add, unless prompts ran, too."""
         return self._by_batch.get(batch, self._latest).costs
 
     def draft_share(self, batch: int) -> float:
         """What a pass of such a batch takes longer for checking drafts at all: 0.1 is a tenth longer than its rows would take."""
-        return self._by_batch.get(batch, self._latest).draft_share
+        return self._by_batch[batch].draft_share if batch in self._by_batch else 0.0
 
     def observe(self, batch: int, rows: int, seconds: float, has_drafts: bool = False, has_prompts: bool = False) -> None:
         """A pass over so many rows of such a batch took so long; whether drafts, or pieces of prompts, were among the rows."""
         if batch not in self._by_batch:  # nothing was seen of it yet, so larger passes go along with what is seen of smaller ones
-            before = self._latest
-            self._by_batch[batch] = _Batch(PassCosts(before.costs.table(), before.costs.rows_run), before.mean_share)
+            before = self._latest.costs  # but not its share: a batch that never sees as many rows without drafts could not mend it
+            self._by_batch[batch] = _Batch(PassCosts(before.table(), before.rows_run))
         self._latest = self._by_batch[batch]
         if has_prompts:  # which take what their length and place make them take: they say nothing of drafts
             self._latest.costs.observe(rows, seconds)
