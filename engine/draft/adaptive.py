@@ -73,6 +73,7 @@ class _Round:
     tokens: float = 0.0  # expected to be emitted, drafts so far included
     num_rows: int = 0  # of the target, drafts so far included
     drafter_seconds: float = 0.0  # spent
+    has_prompts: bool = False
     prompt_seconds: float = 0.0  # that the target's pass takes for rows of prompts
     draft_share: float = 0.0  # that the rest of the pass takes longer for having drafts at all
     stand: dict[Sequence, float] = field(default_factory=dict)  # of each sequence's drafts so far, how many are expected to
@@ -121,7 +122,6 @@ class AdaptiveLength(FixedLength):
         self._shared: dict[int, Rates] = {}  # by batch size, in powers of two: who drafts at 1 and at 64 are not the same rounds
         self._predictions = Rate()  # of all sequences, whoever else is there: no drafter makes them
         self._bucket = 0  # of the step that is being planned
-        self._has_prompts = False  # that step
         self._round = _Round()
         self._priors = [_PRIOR_RATE] * max_length  # acceptance rates by position in that step, of a sequence of which nothing is known
         self._calibrations: dict[tuple[bool, str], Calibration] = {}  # by whether a request is greedy, and by its rule
@@ -138,8 +138,8 @@ class AdaptiveLength(FixedLength):
         num_due = sum(seq.needs_q for seq in seqs)
         row_seconds = self._call(num_due) if num_due else 0.0  # of rows that are due without any draft
         prompt_seconds = self._target.at(num_rows) - self._target.at(len(seqs))
-        self._has_prompts = num_rows > len(seqs)
-        self._round = _Round(len(seqs), num_rows, row_seconds, prompt_seconds, self._targets.draft_share(self._bucket))
+        share = self._targets.draft_share(self._bucket)
+        self._round = _Round(len(seqs), num_rows, row_seconds, num_rows > len(seqs), prompt_seconds, share)
         lengths = [0] * len(seqs)
         for _, _, b in slots[: self._best([(-s, outlooks[b].calls(j), outlooks[b].late_seconds) for s, j, b in slots])]:
             lengths[b] += 1
@@ -216,7 +216,7 @@ class AdaptiveLength(FixedLength):
     def observe_step(self, timing: StepTiming) -> None:
         if timing.num_target_rows:  # else nobody could run
             seen = timing.num_target_rows, timing.target_seconds
-            self._targets.observe(self._bucket, *seen, has_drafts=timing.num_drafts > 0, has_prompts=self._has_prompts)
+            self._targets.observe(self._bucket, *seen, has_drafts=timing.num_drafts > 0, has_prompts=self._round.has_prompts)
         self._allowance = _TRYING_MEMORY * self._allowance + _TRYING * (timing.target_seconds + timing.drafter_seconds)
         # Who drafts now and then reads what came meanwhile each time, and that is part of what drafts cost. The prompts of many are not.
         num_drafted = timing.num_drafter_rows - timing.num_late_rows
